@@ -1,0 +1,1 @@
+"""Presets in yaml, shipped inside the wheel."""

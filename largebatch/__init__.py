@@ -1,0 +1,1 @@
+"""Pre-train text-embedding models with very large contrastive batches."""

@@ -1,0 +1,66 @@
+"""What flows through a training step: ragged token lists, one rank's batch, one padded chunk."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+IntArray = npt.NDArray[np.int32]
+
+
+class Texts(NamedTuple):
+    """Tokenized texts of different lengths, without padding."""
+
+    tokens: IntArray
+    """`[sum of lengths]`, the token ids of all texts, one text after another."""
+    lengths: IntArray
+    """`[n]`, the number of tokens of each text."""
+
+    @classmethod
+    def from_lists(cls, token_lists: Sequence[Sequence[int]]) -> "Texts":
+        """Pack one list of token ids per text."""
+        lengths = np.fromiter((len(t) for t in token_lists), np.int32, len(token_lists))
+        flat = [token for tokens in token_lists for token in tokens]
+        return cls(np.asarray(flat, dtype=np.int32), lengths)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Texts"]) -> "Texts":
+        """Join several packs, in order."""
+        if not parts:
+            return cls(np.empty(0, np.int32), np.empty(0, np.int32))
+        return cls(
+            np.concatenate([p.tokens for p in parts]), np.concatenate([p.lengths for p in parts])
+        )
+
+    @property
+    def num_texts(self) -> int:
+        """How many texts there are."""
+        return len(self.lengths)
+
+
+class RankBatch(NamedTuple):
+    """One rank's part of a global batch. Row `i` of queries and of documents is one pair."""
+
+    step: int
+    """Number of the optimizer step that this batch is for, from 0."""
+    ids: list[str]
+    """`[b]`, the ids of the records."""
+    queries: Texts
+    """`b` texts."""
+    documents: Texts
+    """`b` texts, each the positive of the query in the same row."""
+    negatives: Texts
+    """`n` texts (any number), further columns for every query of the global batch."""
+    num_truncated: int
+    """How many texts were cut at their side's maximum number of tokens."""
+
+
+class Chunk(NamedTuple):
+    """Texts that go through the encoder together, padded to one length."""
+
+    input_ids: Tensor
+    """`[n, L]` int64."""
+    attention_mask: Tensor
+    """`[n, L]` int64, 1 for tokens and 0 for padding."""

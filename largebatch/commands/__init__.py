@@ -1,0 +1,1 @@
+"""One short file per command; the only place that knows of Hydra."""

@@ -1,0 +1,1 @@
+"""Pairs, shards, and the order in which a run reads them."""

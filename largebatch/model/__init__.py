@@ -1,0 +1,1 @@
+"""The encoder: backbone, pooling and export."""
