@@ -193,12 +193,15 @@ class DataConfig:
     """Loader processes per rank that read and tokenize ahead. 0: in the training process."""
     prefetch: int = 4
     """Batches that each loader process prepares ahead."""
+    max_chars: int = 200_000
+    """Longest text in characters; a longer one is an error, for it would stall the tokenizer."""
 
     def __post_init__(self) -> None:
         faults = _Faults()
         faults.at_least("data.lanes", self.lanes, 1)
         faults.at_least("data.workers", self.workers, 0)
         faults.at_least("data.prefetch", self.prefetch, 1)
+        faults.at_least("data.max_chars", self.max_chars, 1)
         faults.finish()
 
 
@@ -396,7 +399,8 @@ class TrainConfig:
         faults.at_least("max_steps", self.max_steps, 1)
         faults.check(
             self.global_batch >= self.hardware.ranks,
-            f"global_batch={self.global_batch} is smaller than hardware.ranks={self.hardware.ranks}",
+            f"global_batch={self.global_batch} is smaller than hardware.ranks, "
+            f"{self.hardware.ranks}",
         )
         faults.check(
             len(self.data.sources) == 1,
@@ -459,6 +463,8 @@ class ShardConfig:
     """Records in one tar file."""
     min_chars: int = 1
     """A record with a shorter query or document is dropped and counted."""
+    max_chars: int = 200_000
+    """A record with a longer text is dropped and counted; training would refuse it."""
     deduplicate: bool = True
     """Whether a pair that was already written is dropped and counted."""
     overwrite: bool = False
@@ -468,9 +474,12 @@ class ShardConfig:
 
     def __post_init__(self) -> None:
         faults = _Faults()
-        faults.check(bool(self.input), "input is empty; name files, for example input=[pairs.jsonl]")
+        faults.check(
+            bool(self.input), "input is empty; name files, for example input=[pairs.jsonl]"
+        )
         faults.at_least("records_per_shard", self.records_per_shard, 1)
         faults.at_least("min_chars", self.min_chars, 1)
+        faults.at_least("max_chars", self.max_chars, self.min_chars)
         faults.finish()
 
 
@@ -525,7 +534,9 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         faults = _Faults()
-        faults.check(bool(self.model), "model is empty; name a folder, for example model=runs/x/model")
+        faults.check(
+            bool(self.model), "model is empty; name a folder, for example model=runs/x/model"
+        )
         faults.check(bool(self.sets), "sets is empty; for example sets.test=data/code/test")
         faults.at_least("batch_tokens", self.batch_tokens, 1)
         faults.one_of("device", self.device, DEVICES)
@@ -555,7 +566,9 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         faults = _Faults()
-        faults.check(bool(self.model), "model is empty; name a folder, for example model=runs/x/model")
+        faults.check(
+            bool(self.model), "model is empty; name a folder, for example model=runs/x/model"
+        )
         faults.check(bool(self.input), "input is empty; name a .txt or .jsonl file")
         faults.one_of("side", self.side, ("query", "document"))
         faults.at_least("batch_tokens", self.batch_tokens, 1)

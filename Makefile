@@ -1,0 +1,50 @@
+# Every target does its own set-up, once: .venv, torch (the CPU build where there is no GPU), the rest.
+# PYTHON=/path/to/python3.12 picks the Python that .venv is made with.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+SETUP := PYTHON="$(PYTHON)" launch/setup.sh
+SETUP_FILES := pyproject.toml launch/setup.sh launch/constraints-cpu.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check lint format wheel clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
+
+quickstart: .venv/.ready ## Write pairs from the Python code on this machine, train on them, score
+	$(BIN)/largebatch pairs code
+	$(BIN)/largebatch train quickstart
+
+test: .venv/.ready-dev ## Run all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint ## Lint, types and all tests but the slow ones: what to run before each commit
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: .venv/.ready-dev ## Check format, lint, types, spelling and shell scripts
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/shellcheck .ci/run launch/*.sh
+
+format: .venv/.ready-dev ## Format the code and mend what ruff can mend
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+wheel: .venv/.ready-dev ## Build dist/*.whl
+	rm -rf build
+	$(BIN)/python -m build --wheel
+
+clean: ## Remove what was built; leaves .venv, data/ and runs/
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find largebatch conf tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# The code and conf/ are installed in editable mode, so only these files ask for a new set-up.
+.venv/.ready: $(SETUP_FILES)
+	@$(SETUP)
+
+.venv/.ready-dev: $(SETUP_FILES)
+	@$(SETUP) dev

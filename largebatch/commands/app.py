@@ -1,0 +1,148 @@
+"""The command line: `largebatch COMMAND [PRESET] [OPTION=VALUE ...] [FLAGS]`.
+
+1. Take the line apart, and answer `--help` and `--version`.
+2. Compose and check the config of every job, before the first one starts.
+3. Run each job: in this process, or as several ranks that this process starts and watches.
+Whatever fails ends with one line on stderr and exit code 1.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from largebatch.commands.failures import is_rank, report
+from largebatch.commands.flags import Line, parse_line
+from largebatch.commands.launch import launch, prepare_rank
+from largebatch.commands.options import nearest
+from largebatch.commands.table import COMMANDS, Command
+from largebatch.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+INTERRUPTED = 130
+
+
+class Job(NamedTuple):
+    """One run of a command."""
+
+    label: str
+    """What sets it apart from the other jobs of a sweep; empty outside a sweep."""
+    overrides: list[str]
+    """Compose these again and the result is `config`."""
+    config: Any
+    """The dataclass of the command."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command line (without the program's name) and return the exit code."""
+    # The deepspeed launcher adds --local_rank=N, which torch's LOCAL_RANK says as well.
+    arguments = [a for a in arguments if not re.fullmatch(r"--local[_-]rank=\d+", a)]
+    debug = any(re.fullmatch(r"\+*debug=(true|smoke)", a.lower()) for a in arguments)
+    prepare_rank()
+    try:
+        _dispatch(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        report(error, debug=debug)
+        return 1
+    return 0
+
+
+def _dispatch(arguments: Sequence[str]) -> None:
+    from largebatch.commands.help import general_help
+
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(general_help())
+    elif name == "--version":
+        from importlib.metadata import version
+
+        print(f"largebatch {version('largebatch')}")
+    elif name in COMMANDS:
+        _run_command(COMMANDS[name], parse_line(rest))
+    else:
+        near = nearest(name, COMMANDS)
+        hint = f"; did you mean {near}?" if near else ""
+        raise UserError(f"{name!r} is not a command{hint} (commands: {', '.join(COMMANDS)})")
+
+
+def _run_command(command: Command, line: Line) -> None:
+    # Hydra takes a tenth of a second to import, which `largebatch --help` is spared.
+    from largebatch.commands import compose
+    from largebatch.commands import overrides as given
+    from largebatch.commands.presets import open_presets
+
+    with open_presets(line.config_dir):
+        overrides = given.expand_preset(command, line.overrides)
+        if line.help:
+            from largebatch.commands.help import command_help
+
+            print(command_help(command, overrides))
+            return
+        if line.cfg or line.info:
+            for job, label in given.expand(overrides, multirun=line.multirun):
+                if label:
+                    print(f"# {label}")
+                compose.show(command, job, line)
+            return
+        jobs = plan_jobs(command, overrides, multirun=line.multirun)
+    for number, job in enumerate(jobs, start=1):
+        if job.label:
+            print(f"[{number}/{len(jobs)}] {job.label}", flush=True)
+        _run_job(command, job)
+
+
+def plan_jobs(command: Command, overrides: Sequence[str], *, multirun: bool) -> list[Job]:
+    """Compose and check all jobs of a command line; raise UserError for the first wrong one."""
+    from largebatch.commands.compose import build, compose
+    from largebatch.commands.overrides import expand
+
+    if multirun and is_rank():
+        raise UserError("-m under a launcher would mix up its ranks; use -m with hardware.ranks=N")
+    expanded = expand(overrides, multirun=multirun)
+    labels = [label for _, label in expanded]
+    texts = [list(texts) for texts, _ in expanded]
+    configs = [compose(command, job) for job in texts]
+    built = [build(config) for config in configs]
+    if len(configs) > 1:
+        own_folders = _own_folders(configs, labels)
+        texts = [[*job, *own] for job, own in zip(texts, own_folders, strict=True)]
+        built = [build(compose(command, job)) for job in texts]
+    return [Job(*parts) for parts in zip(labels, texts, built, strict=True)]
+
+
+def _own_folders(configs: "Sequence[DictConfig]", labels: Sequence[str]) -> list[list[str]]:
+    """Return overrides that give each job of a sweep a folder (and a name) of its own.
+
+    Jobs that have different folders already, because the sweep is over `output_dir` or over
+    something that it refers to, keep them.
+    """
+    from largebatch.commands.overrides import quote
+
+    if "output_dir" not in configs[0]:
+        return [[] for _ in configs]
+    folders = [str(config.output_dir) for config in configs]
+    if len(set(folders)) == len(folders):
+        return [[] for _ in configs]
+    own = []
+    for config, folder, label in zip(configs, folders, labels, strict=True):
+        part = re.sub(r"[^\w.,=+-]", "_", label)
+        own.append([f"output_dir={quote(f'{folder}/{part}')}"])
+        if "name" in config:
+            own[-1].append(f"name={quote(f'{config.name}/{part}')}")
+    return own
+
+
+def _run_job(command: Command, job: Job) -> None:
+    if command.starts_ranks and job.config.hardware.ranks > 1 and not is_rank():
+        launch(
+            [sys.executable, "-m", "largebatch", command.name, *job.overrides],
+            ranks=job.config.hardware.ranks,
+            threads=job.config.hardware.threads,
+        )
+    else:
+        command.run(job.config)

@@ -1,0 +1,82 @@
+"""`largebatch encode`: the lines of a file become a matrix of embeddings."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from largebatch.config import EncodeConfig
+from largebatch.errors import UserError
+from largebatch.evaluate.beir import json_objects, numbered_lines, text_of
+
+if TYPE_CHECKING:
+    from largebatch.model.encoder import Encoder
+
+
+def run(config: EncodeConfig) -> None:
+    """Embed the texts of `config.input` and write them to `config.output`."""
+    import numpy as np
+
+    texts = read_texts(Path(config.input), field=config.field)
+    output = writable(Path(config.output), option="output")
+    encoder = load_encoder(config.model, device=config.device)
+    embeddings = encoder.encode(
+        texts, side=config.side, tokens_per_chunk=config.batch_tokens, progress=True
+    )
+    aside = output.with_name(f"{output.name}.partial")
+    with aside.open("wb") as file:
+        np.save(file, embeddings, allow_pickle=False)
+    aside.replace(output)
+    print(f"{output}: {embeddings.dtype} {list(embeddings.shape)}, a {config.side} a row")
+
+
+def read_texts(path: Path, *, field: str) -> list[str]:
+    """Return the lines of a text file, empty ones too, or a field of the records of a jsonl file.
+
+    Args:
+        path: A .jsonl file, or else a text file; either may be gzipped.
+        field: Field of a record that holds the text.
+
+    Raises:
+        UserError: The file is missing, empty or not UTF-8, or a record lacks the field.
+    """
+    if not path.is_file():
+        raise UserError(f"input={str(path)!r} is no file; name a .txt or .jsonl file")
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        texts = [text_of(record, field, where=where) for where, record in json_objects(path)]
+    else:
+        texts = [line for _, line in numbered_lines(path)]
+    if not texts:
+        raise UserError(f"input={str(path)!r} is empty; it needs a text a line")
+    return texts
+
+
+def load_encoder(model: str, *, device: str) -> "Encoder":
+    """Load a model, ready for encoding, on `auto`, `cuda` or `cpu`.
+
+    Raises:
+        UserError: There is no such model, or no such device.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device='cuda', but torch sees no CUDA device here; use device=cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Importing transformers takes seconds; a missing device or file is told at once.
+    from largebatch.model.encoder import Encoder
+
+    return Encoder.from_pretrained(model).to(device).eval()
+
+
+def writable(path: Path, *, option: str) -> Path:
+    """Return `path` once its folder is there, so that hours of work do not end in an error.
+
+    Raises:
+        UserError: `path` is a folder, or its own folder can't be made.
+    """
+    if path.is_dir():
+        raise UserError(f"{option}={str(path)!r} is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}={str(path)!r}: its folder can't be made ({error})") from error
+    return path

@@ -1,0 +1,68 @@
+"""`largebatch evaluate`: a model's scores on retrieval sets, beside BM25's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from largebatch.commands.encode import load_encoder, writable
+from largebatch.config import EvaluateConfig
+
+
+def run(config: EvaluateConfig) -> None:
+    """Score `config.model` on `config.sets`, print a table and write it to `config.output`."""
+    from rich.console import Console
+
+    from largebatch.evaluate.beir import load_retrieval_set
+    from largebatch.evaluate.bm25 import evaluate_bm25
+    from largebatch.evaluate.retrieval import evaluate_encoder
+
+    sets = [
+        load_retrieval_set(Path(folder), split=config.split, name=name)
+        for name, folder in config.sets.items()
+    ]
+    output = None if config.output is None else writable(Path(config.output), option="output")
+    encoder = load_encoder(config.model, device=config.device)
+    results: dict[str, dict[str, Any]] = {}
+    for retrieval_set in sets:
+        result = results[retrieval_set.name] = {
+            "documents": len(retrieval_set.corpus),
+            "queries": len(retrieval_set.qrels),
+        }
+        result["model"] = evaluate_encoder(
+            encoder, retrieval_set, tokens_per_chunk=config.batch_tokens, progress=True
+        )
+        if config.bm25:
+            result["bm25"] = evaluate_bm25(retrieval_set)
+    print(f"{config.model}, split {config.split}:")
+    Console().print(_table(results))
+    if output is not None:
+        whole = {"model": config.model, "split": config.split, "sets": results}
+        aside = output.with_name(f"{output.name}.partial")
+        aside.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.replace(output)
+        print(f"written to {output}")
+
+
+def _table(results: dict[str, dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    from largebatch.evaluate.retrieval import METRICS
+
+    table = Table()
+    table.add_column("set")
+    for heading in ("documents", "queries"):
+        table.add_column(heading, justify="right")
+    table.add_column("by")
+    for heading in ("nDCG@10", "MRR@10", "Recall@10"):
+        table.add_column(heading, justify="right")
+    for name, result in results.items():
+        for key, label in (("model", "model"), ("bm25", "BM25")):
+            if key in result:
+                table.add_row(
+                    name,
+                    f"{result['documents']:,}",
+                    f"{result['queries']:,}",
+                    label,
+                    *(f"{result[key][metric]:.4f}" for metric in METRICS),
+                )
+    return table

@@ -1,0 +1,104 @@
+"""The texts of `largebatch --help` and `largebatch COMMAND --help`."""
+
+import shutil
+import textwrap
+from typing import Any
+
+from largebatch.commands.flags import FLAGS
+from largebatch.commands.options import Option, list_options, name_type
+from largebatch.commands.table import COMMANDS, Command
+
+
+def general_help() -> str:
+    """List the commands. Needs nothing but the schema, so it is instant."""
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        [
+            "largebatch: pre-train text-embedding models with very large contrastive batches.",
+            "",
+            "Usage: largebatch COMMAND [PRESET] [OPTION=VALUE ...]",
+            "",
+            "Commands:",
+            *(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()),
+            "",
+            "First steps:",
+            "  largebatch pairs code         make pairs from the Python code on this machine",
+            "  largebatch train quickstart   train on it, with evaluation and export",
+            "",
+            "`largebatch COMMAND --help` explains every option; `largebatch --version` says which.",
+        ]
+    )
+
+
+def command_help(command: Command, overrides: list[str]) -> str:
+    """Explain a command: examples, presets, groups, and each option with its value here."""
+    from omegaconf import OmegaConf
+
+    from largebatch.commands.compose import compose
+    from largebatch.commands.presets import list_groups
+
+    config = compose(command, overrides)
+    groups = list_groups(command)
+    presets = groups.pop(command.preset_group, [])
+    has_presets = " [PRESET]" if presets else ""
+    lines = [
+        f"largebatch {command.name}: {command.summary}",
+        "",
+        f"Usage: largebatch {command.name}{has_presets} [OPTION=VALUE ...] [FLAGS]",
+        "",
+        "Examples:",
+        *(f"  largebatch {command.name} {example}" for example in command.examples),
+    ]
+    if presets:
+        lines += ["", f"Presets (the word after {command.name}, or {command.preset_group}=PRESET):"]
+        lines += [_entry(name, _about(command.preset_group, name)) for name in presets]
+    if groups:
+        lines += ["", "Groups (GROUP=CHOICE sets several options of that name at once):"]
+        for group, choices in groups.items():
+            lines += [f"  {group}=", *(_entry(f"  {c}", _about(group, c)) for c in choices)]
+    lines += ["", "Options (type, value without further arguments in brackets):"]
+    for option in list_options(command.config_class):
+        lines += _option(option, OmegaConf.select(config, option.key, throw_on_missing=False))
+    lines += ["", "Flags:", *(_entry(flag, text) for flag, text in FLAGS.items())]
+    return "\n".join(lines)
+
+
+def _option(option: Option, value: Any) -> list[str]:
+    indent = " " * 6
+    return [
+        f"  {option.key}  {name_type(option.annotation)}  [{_show(value)}]",
+        *textwrap.wrap(
+            option.documentation, _width(), initial_indent=indent, subsequent_indent=indent
+        ),
+    ]
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) or "''"
+
+
+def _entry(name: str, text: str) -> str:
+    return textwrap.fill(
+        f"  {name:<22} {text}", _width(), subsequent_indent=" " * 25, drop_whitespace=True
+    )
+
+
+def _about(group: str, choice: str) -> str:
+    """Return the comment that a preset's file opens with."""
+    from largebatch.commands.presets import conf_folder
+
+    file = conf_folder() / group / f"{choice}.yaml"
+    if not file.is_file():  # a preset of the user's own, from --config-dir
+        return ""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# ") and not line.startswith("# @package"):
+            return line[2:]
+    return ""
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, 100)

@@ -1,0 +1,33 @@
+"""`largebatch index`: write index.json for tar shards that others made."""
+
+from rich.console import Console
+
+from largebatch.commands.progress import byte_progress
+from largebatch.config import IndexConfig
+from largebatch.data.index import INDEX_NAME
+from largebatch.data.verify import build_index, shard_files
+from largebatch.errors import UserError
+
+
+def run(config: IndexConfig) -> None:
+    """Print the plan, read every shard once, write index.json beside them and print its counts.
+
+    Raises UserError if there is an index already (without `overwrite`), and as `shard_files` and
+    `build_index` do.
+    """
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    paths = shard_files(config.shards)
+    folder = paths[0].parent
+    target = folder / INDEX_NAME
+    if target.exists() and not config.overwrite:
+        raise UserError(f"{target} is there already; set overwrite=true to replace it")
+    total = sum(path.stat().st_size for path in paths)
+    console.print(f"indexing    {len(paths):,} shards, {total / 1e6:,.1f} MB, in {folder}")
+    with byte_progress("reading shards", total) as on_bytes:
+        index = build_index(paths, on_bytes=on_bytes)
+    index.save(folder)
+    num_segments = sum(len(shard.segments) for shard in index.shards)
+    console.print(
+        f"{target}: {index.num_records:,} records in {len(index.shards):,} shards, "
+        f"{num_segments:,} segments"
+    )

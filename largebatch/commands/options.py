@@ -1,0 +1,149 @@
+"""What options there are, read from the dataclasses: lookup by dotted key, types, documentation."""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from largebatch.errors import UserError
+
+
+class Option(NamedTuple):
+    """One leaf of a config class."""
+
+    key: str
+    """Dotted, as on the command line."""
+    annotation: Any
+    """Its type."""
+    documentation: str
+    """The string under the field, on one line."""
+
+
+class Place(NamedTuple):
+    """Where a dotted key of the command line leads."""
+
+    annotation: Any
+    """The type there."""
+    mapping_key: str | None
+    """The dict-valued option that the key lies in, if it lies in one: `data.sources`."""
+    entry: tuple[str, ...]
+    """What remains of the key inside that option: `("mine", "urls")`."""
+
+
+def list_options(config_class: type[Any], prefix: str = "") -> Iterator[Option]:
+    """Yield the leaves of a config class, in the order of its fields, plain options first."""
+    hints = typing.get_type_hints(config_class)
+    documentation = _field_documentation(config_class)
+    names = [field.name for field in dataclasses.fields(config_class)]
+    for name in sorted(names, key=lambda name: dataclasses.is_dataclass(hints[name])):
+        if dataclasses.is_dataclass(hints[name]):
+            yield from list_options(hints[name], f"{prefix}{name}.")
+        else:
+            yield Option(prefix + name, hints[name], documentation.get(name, ""))
+
+
+def find_option(config_class: type[Any], key: str, *, groups: Iterable[str] = ()) -> Place:
+    """Return where `key` leads, or raise UserError with the nearest key that exists.
+
+    `groups` are further names that exist at the top, for the message.
+    """
+    annotation: Any = config_class
+    mapping_key: str | None = None
+    entry: list[str] = []
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if mapping_key is not None:
+            entry.append(part)
+        if annotation is Any:
+            continue
+        if dataclasses.is_dataclass(annotation):
+            hints = typing.get_type_hints(annotation)
+            if part not in hints:
+                names = [*hints, *(group for group in groups if depth == 0 and group not in hints)]
+                raise UserError(_unknown(config_class, key, ".".join(parts[:depth]), names))
+            annotation = hints[part]
+        elif typing.get_origin(annotation) is dict:
+            if mapping_key is None:
+                mapping_key = ".".join(parts[:depth])
+                entry.append(part)
+            annotation = typing.get_args(annotation)[1]
+        else:
+            parent = ".".join(parts[:depth])
+            raise UserError(
+                f"{key} is not an option; {parent} is {describe_value(annotation)}, "
+                f"so set it whole: {parent}=..."
+            )
+    return Place(annotation, mapping_key, tuple(entry))
+
+
+def nearest(value: str, allowed: Iterable[str]) -> str | None:
+    """Return the allowed word that looks most like `value`, if any does."""
+    return next(iter(difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.5)), None)
+
+
+def describe_value(annotation: Any) -> str:
+    """Say in words what values a type allows, to end the sentence "it must be ..."."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+        return " or ".join([*map(describe_value, inner), "null"])
+    if typing.get_origin(annotation) is list:
+        return "a list, such as [a, b]"
+    if typing.get_origin(annotation) is dict:
+        return "a mapping, such as {name: value}"
+    if dataclasses.is_dataclass(annotation):
+        return f"a group of options ({', '.join(typing.get_type_hints(annotation))})"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+        annotation, "a value"
+    )
+
+
+def name_type(annotation: Any) -> str:
+    """Name a type for `--help`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if a is type(None) else name_type(a) for a in arguments)
+    if origin is list:
+        return f"list of {name_type(arguments[0])}"
+    if origin is dict:
+        return f"mapping of {name_type(arguments[1])}"
+    if annotation is Any:
+        return "anything"
+    if dataclasses.is_dataclass(annotation):
+        return "{" + ", ".join(field.name for field in dataclasses.fields(annotation)) + "}"
+    return str(annotation.__name__)
+
+
+def _unknown(config_class: type[Any], key: str, parent: str, siblings: list[str]) -> str:
+    prefix = f"{parent}." if parent else ""
+    options = [option.key for option in list_options(config_class)]
+    by_last_part = {option.rpartition(".")[2]: option for option in reversed(options)}
+    last_part = key.rpartition(".")[2]
+    near = (
+        by_last_part.get(last_part)
+        or nearest(key, [prefix + sibling for sibling in siblings])
+        or nearest(key, options)
+        or by_last_part.get(nearest(last_part, by_last_part) or "")
+    )
+    hint = f"; did you mean {near}?" if near else ""
+    return f"{key} is not an option{hint} ({parent or 'top level'}: {', '.join(siblings)})"
+
+
+def _field_documentation(config_class: type[Any]) -> dict[str, str]:
+    """Return the string under each field. Python keeps none at run time, so the source is read."""
+    (definition,) = ast.parse(inspect.getsource(config_class)).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for field, below in zip(definition.body, definition.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+            and isinstance(below.value.value, str)
+        ):
+            found[field.target.id] = " ".join(below.value.value.split())
+    return found

@@ -1,0 +1,51 @@
+"""`largebatch shard`: jsonl, csv, tsv, parquet and Hugging Face data sets become tar shards."""
+
+from rich.console import Console
+from rich.table import Table
+
+from largebatch.commands.progress import row_progress
+from largebatch.config import ShardConfig
+from largebatch.curate.convert import Counts, convert
+from largebatch.curate.rows import find_inputs
+
+
+def run(config: ShardConfig) -> None:
+    """Print the plan, write the shards, and print what was written and dropped.
+
+    Raises UserError as `find_inputs` and `convert` do.
+    """
+    console = Console(highlight=False)
+    inputs = find_inputs(config.input)
+    for source in inputs:
+        size = "" if source.num_bytes is None else f", {source.num_bytes / 1e6:,.1f} MB"
+        console.print(
+            f"input       {source.path} ({source.kind}{size})", markup=False, soft_wrap=True
+        )
+    mapped = ", ".join(f"{role} is {name!r}" for role, name in config.fields.items())
+    console.print(f"fields      {mapped or 'recognized by name'}", markup=False, soft_wrap=True)
+    console.print(
+        f"output      {config.output_dir}, {config.records_per_shard:,} records per shard",
+        markup=False,
+        soft_wrap=True,
+    )
+    sizes = [source.num_bytes for source in inputs]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    with row_progress("writing shards", total) as advance:
+        counts = convert(config, inputs, on_bytes=advance.on_bytes, on_row=advance.on_row)
+    console.print(_table(counts))
+    console.print(
+        f"{counts.num_shards:,} shards, {counts.num_bytes / 1e6:,.1f} MB, in {config.output_dir}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _table(counts: Counts) -> Table:
+    table = Table("", "", show_header=False)
+    table.columns[1].justify = "right"
+    table.add_row("rows read", f"{counts.rows:,}")
+    for reason, number in counts.dropped.items():
+        table.add_row(f"dropped: {reason.replace('_', ' ')}", f"{number:,}")
+    table.add_row("records written", f"{counts.written:,}")
+    table.add_row("further positives left out", f"{counts.ignored_positives:,}")
+    return table

@@ -1,0 +1,156 @@
+"""Turns rows into shards, and counts what is left out and why."""
+
+import datetime
+import decimal
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from largebatch.config import ShardConfig
+from largebatch.curate.rows import Input, Row, read_rows
+from largebatch.data.records import (
+    Record,
+    NEGATIVES,
+    FieldNames,
+    field_names,
+    record_from_mapping,
+    texts_of,
+)
+from largebatch.data.shards import INDEX_NAME, ShardIndex, ShardWriter
+from largebatch.errors import UserError
+
+# Reasons for leaving a row out, as they stand in index.json.
+EMPTY, TOO_SHORT, TOO_LONG, DUPLICATE = REASONS = ("empty", "too_short", "too_long", "duplicate")
+
+# Names that a reader of our shards would take for a part of the pair.
+_RESERVED = re.compile(rf"query|document|source|id|(?:{'|'.join(NEGATIVES)})(?:_\d+)?")
+
+
+class Counts(NamedTuple):
+    """What a conversion did."""
+
+    rows: int
+    """Rows that were read."""
+    written: int
+    """Records that were written."""
+    dropped: dict[str, int]
+    """Rows that were left out, by reason: all of `REASONS`."""
+    ignored_positives: int
+    """Further positives of written records; only a row's first is its document."""
+    num_shards: int
+    """Tar files."""
+    num_bytes: int
+    """Their size."""
+
+
+def convert(
+    config: ShardConfig,
+    inputs: Sequence[Input],
+    *,
+    on_bytes: Callable[[int], object],
+    on_row: Callable[[], object],
+) -> Counts:
+    """Write the rows of `inputs` as shards with an index into `config.output_dir`.
+
+    Fields of a row that are no part of the pair are kept beside it, under their own names, or
+    under `input_NAME` where a reader of the shards would take them for a part of the pair.
+    Duplicates are told by a 16-byte hash of query and document: about 100 bytes of memory a pair.
+    `on_bytes` is as in `read_rows`; `on_row` is called for each row.
+
+    Raises UserError if shards are there already (without `config.overwrite`), for a row that
+    cannot be read or holds no pair, or if no row is left. The folder then holds what it held.
+    """
+    folder = Path(config.output_dir)
+    if (folder / INDEX_NAME).exists() and not config.overwrite:
+        raise UserError(
+            f"output_dir={folder} holds shards already; set overwrite=true to replace them, or "
+            "choose another folder"
+        )
+    default_source = config.source or inputs[0].name
+    seen: set[bytes] = set()
+    rows = ignored_positives = 0
+    with ShardWriter(folder, records_per_shard=config.records_per_shard) as writer:
+        for source in inputs:
+            for row in read_rows(source, split=config.split, on_bytes=on_bytes):
+                rows += 1
+                on_row()
+                record = record_from_mapping(
+                    row.fields,
+                    fields=config.fields,
+                    source=config.source,
+                    default_id=f"{default_source}-{rows}",
+                    where=row.where,
+                )
+                if reason := _reason_to_drop(record, config, seen):
+                    writer.dropped[reason] += 1
+                    continue
+                names = field_names(row.fields, fields=config.fields, where=row.where)
+                positives = texts_of(
+                    row.fields[names.document], field=names.document, where=row.where
+                )
+                ignored_positives += len(positives) - 1
+                kept_source = record.source or default_source
+                extra = _extra(row, names, uses_source=record.source != config.source)
+                writer.write(record._replace(source=kept_source), extra)
+        dropped = {reason: writer.dropped[reason] for reason in REASONS}
+        if not writer.num_records:
+            raise UserError(
+                f"nothing is left to write of {rows} rows of {', '.join(config.input)}"
+                + "".join(f", {reason} {number}" for reason, number in dropped.items() if number)
+            )
+    index = ShardIndex.load(folder)
+    num_bytes = sum(shard.num_bytes for shard in index.shards)
+    return Counts(rows, index.num_records, dropped, ignored_positives, len(index.shards), num_bytes)
+
+
+def _reason_to_drop(record: Record, config: ShardConfig, seen: set[bytes]) -> str | None:
+    query, document = record.query, record.document
+    shortest = min(len(query.strip()), len(document.strip()))
+    if shortest == 0:
+        return EMPTY
+    if shortest < config.min_chars:
+        return TOO_SHORT
+    if max(map(len, (query, document, *record.negatives))) > config.max_chars:
+        return TOO_LONG
+    if config.deduplicate:
+        # The length keeps ("a", "bc") and ("ab", "c") apart.
+        pair = f"{len(query)} {query}{document}".encode()
+        digest = hashlib.blake2b(pair, digest_size=16).digest()
+        if digest in seen:
+            return DUPLICATE
+        seen.add(digest)
+    return None
+
+
+def _extra(row: Row, names: FieldNames, *, uses_source: bool) -> dict[str, Any]:
+    used = {names.query, names.document, names.id, *names.negatives}
+    if uses_source:
+        used.add("source")
+    return {
+        f"input_{name}" if _RESERVED.fullmatch(name) else name: _plain(value, name, row.where)
+        for name, value in row.fields.items()
+        if name not in used
+    }
+
+
+def _plain(value: Any, field: str, where: str) -> Any:
+    """Turn a value into what JSON has; not-a-number and infinity become null."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, field, where) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, field, where) for item in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return str(value)
+    raise UserError(
+        f"{where}: field {field!r} holds a value of type {type(value).__name__}, which does not "
+        "fit into JSON; remove the field"
+    )

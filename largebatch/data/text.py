@@ -1,0 +1,114 @@
+"""Text to tokens: prompt, tokenizer, cut at the maximum length."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from largebatch.batch import Texts
+from largebatch.errors import UserError
+
+# A forked loader process must not touch the thread pool of the process it was forked from.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """How the texts of each side are prepared: the same for training, evaluation and export."""
+
+    query_prompt: str = ""
+    """Put before each query, as it is (no space is added)."""
+    document_prompt: str = ""
+    """Put before each document and negative."""
+    query_max_tokens: int = 128
+    """Longest query in training, prompt and special tokens included."""
+    document_max_tokens: int = 256
+    """Longest document in training."""
+
+    def prompt(self, side: str) -> str:
+        """Return the prompt of `side`: query or document."""
+        return self.query_prompt if check_side(side) == "query" else self.document_prompt
+
+    def max_tokens(self, side: str) -> int:
+        """Return the longest text of `side` in training."""
+        return self.query_max_tokens if check_side(side) == "query" else self.document_max_tokens
+
+    @property
+    def encode_max_tokens(self) -> int:
+        """Longest text when a trained model encodes.
+
+        One number for both sides, since an exported sentence-transformers folder has one.
+        """
+        return max(self.query_max_tokens, self.document_max_tokens)
+
+
+def check_side(side: str) -> str:
+    """Return `side` if it is query or document.
+
+    Raises:
+        UserError: It is something else.
+    """
+    if side not in ("query", "document"):
+        raise UserError(f"side={side!r} is neither 'query' nor 'document'")
+    return side
+
+
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], *, prompt: str, max_tokens: int
+) -> tuple[Texts, int]:
+    """Return the token lists of `texts` and how many of them were cut at `max_tokens`.
+
+    Padding side and padding settings of the tokenizer don't matter: nothing is padded here.
+    """
+    if not texts:
+        return Texts.from_lists([]), 0
+    encoded = tokenizer(
+        [prompt + text for text in texts],
+        truncation=True,
+        max_length=max_tokens,
+        padding=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    token_lists = encoded["input_ids"]
+    if encoded.encodings is not None:
+        num_truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+    else:  # A tokenizer in pure Python does not tell: count those that fill their length.
+        num_truncated = sum(len(tokens) >= max_tokens for tokens in token_lists)
+    return Texts.from_lists(token_lists), num_truncated
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
+    """Return a lower-casing tokenizer of byte pairs (BPE), trained on `texts`.
+
+    Words are split as BERT does, at white space and punctuation, the underscore included, so that
+    the parts of an identifier such as `read_csv` meet the words of its description. BPE and not
+    BERT's WordPiece, since the same texts then give the same tokenizer: WordPiece's trainer in
+    `tokenizers` numbers the continuing pieces in an order that differs from run to run.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(
+        texts,
+        BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False),
+    )
+    cls_id, sep_id = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", cls_id), ("[SEP]", sep_id)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )

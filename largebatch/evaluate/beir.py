@@ -1,0 +1,280 @@
+"""Retrieval sets in BEIR layout: corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv in one folder.
+
+The layout is the one of Thakur et al. 2021 (https://github.com/beir-cellar/beir), so sets from
+there are read as they are. Every file may be gzipped (corpus.jsonl.gz).
+"""
+
+import gzip
+import json
+import reprlib
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from largebatch.errors import UserError
+
+
+class RetrievalSet(NamedTuple):
+    """Queries, the documents to search, and the judgments that say what should be found."""
+
+    name: str
+    """Name in tables and logs."""
+    corpus: dict[str, str]
+    """Text of each document, by id: its title (if any), a space, its text."""
+    queries: dict[str, str]
+    """Text of each query, by id; also of queries that this split does not judge."""
+    qrels: dict[str, dict[str, int]]
+    """Relevance of documents, by query id and document id. 0 is judged and not relevant."""
+
+
+def load_retrieval_set(
+    folder: Path, *, split: str = "test", name: str | None = None
+) -> RetrievalSet:
+    """Read a retrieval set and check that it is whole.
+
+    Args:
+        folder: Holds corpus.jsonl (`_id`, `text`, optionally `title`), queries.jsonl (`_id`,
+            `text`) and qrels/ with one file per split: query-id, corpus-id and score, separated by
+            tabs, with or without a header line; or TREC's four columns (query, 0, document, score).
+        split: Which judgments to read.
+        name: What to call the set; its folder's name if None.
+
+    Raises:
+        UserError: A file is missing, empty or malformed (the line is named), an id occurs twice, or
+            the judgments name a query or document that is not there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"retrieval set {folder}: there is no such folder; name one with corpus.jsonl, "
+            "queries.jsonl and qrels/"
+        )
+    qrels_file = _qrels_file(folder, split)
+    corpus = _read_texts(_existing(folder / "corpus.jsonl"))
+    queries = _read_texts(_existing(folder / "queries.jsonl"))
+    qrels = _read_qrels(qrels_file)
+    _check_known(qrels_file, "queries", "queries.jsonl", qrels, queries)
+    judged = dict.fromkeys(document for judgments in qrels.values() for document in judgments)
+    _check_known(qrels_file, "documents", "corpus.jsonl", judged, corpus)
+    return RetrievalSet(name or folder.resolve().name, corpus, queries, qrels)
+
+
+def save_retrieval_set(retrieval_set: RetrievalSet, folder: Path, *, split: str = "test") -> None:
+    """Write a retrieval set in BEIR layout: the same bytes for the same set in the same order.
+
+    Each file appears whole or not at all. Other splits that the folder holds stay.
+
+    Raises:
+        UserError: The set is empty, an id holds a tab or a line break, or the judgments name an
+            unknown query or document: such a set could not be read back.
+    """
+    folder = Path(folder)
+    qrels_file = folder / "qrels" / f"{split}.tsv"
+    for what, ids in (
+        ("documents", retrieval_set.corpus),
+        ("queries", retrieval_set.queries),
+        ("judgments", retrieval_set.qrels),
+    ):
+        if not ids:
+            raise UserError(f"retrieval set {retrieval_set.name} has no {what}; nothing is written")
+    _check_known(qrels_file, "queries", "queries.jsonl", retrieval_set.qrels, retrieval_set.queries)
+    judgments = [
+        (query, document, score)
+        for query, scores in retrieval_set.qrels.items()
+        for document, score in scores.items()
+    ]
+    judged = dict.fromkeys(document for _, document, _ in judgments)
+    _check_known(qrels_file, "documents", "corpus.jsonl", judged, retrieval_set.corpus)
+    for text_id in (*retrieval_set.qrels, *judged):
+        if len(f"{text_id}.".splitlines()) != 1 or "\t" in text_id or text_id != text_id.strip():
+            raise UserError(
+                f"retrieval set {retrieval_set.name}: the id {text_id!r} holds a tab, a line break "
+                "or outer space, which a qrels file cannot; rename it"
+            )
+
+    _write(folder / "corpus.jsonl", _text_lines(retrieval_set.corpus))
+    _write(folder / "queries.jsonl", _text_lines(retrieval_set.queries))
+    rows = (f"{query}\t{document}\t{score}" for query, document, score in judgments)
+    _write(qrels_file, ("query-id\tcorpus-id\tscore", *rows))
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a UTF-8 file, each with its number from 1; it may be gzipped (.gz).
+
+    Raises:
+        UserError: A line is not UTF-8, or a gzip file is damaged.
+    """
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            # Bytes are cut at \n alone; str.splitlines would cut at characters inside a text too.
+            for number, raw in enumerate(file, start=1):
+                line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+                try:
+                    yield number, line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); "
+                        "convert the file to UTF-8"
+                    ) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is not a whole gzip file ({error}); get it again") from error
+
+
+def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of a jsonl file, each with its file and line for messages.
+
+    Blank lines are passed over.
+
+    Raises:
+        UserError: A line is no JSON object, or see `numbered_lines`.
+    """
+    for number, line in numbered_lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record: Any = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON ({error}); it needs one object a line") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: a {type(record).__name__} where an object is needed")
+        yield where, record
+
+
+def text_of(record: dict[str, Any], field: str, *, where: str) -> str:
+    """Return a field of a record that must hold a text.
+
+    Raises:
+        UserError: It is missing, no string, or holds half of a surrogate pair, which is no text.
+    """
+    if field not in record:
+        raise UserError(
+            f"{where}: there is no field {field!r}; there are {reprlib.repr(list(record))}"
+        )
+    text = record[field]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {field} is {reprlib.repr(text)}; it must be a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: {field} holds half of a surrogate pair (\\ud800 to \\udfff); remove it"
+        ) from error
+    return text
+
+
+def _text_lines(texts: dict[str, str]) -> Iterator[str]:
+    for text_id, text in texts.items():
+        yield json.dumps({"_id": text_id, "text": text}, ensure_ascii=False)
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    """Write lines aside, then move the file into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.partial")
+    with aside.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    aside.replace(path)
+
+
+def _existing(path: Path) -> Path:
+    """Return `path`, or its gzipped form where only that is there."""
+    for candidate in (path, path.with_name(f"{path.name}.gz")):
+        if candidate.is_file():
+            return candidate
+    raise UserError(
+        f"retrieval set {path.parent} has no {path.name} (nor {path.name}.gz); the BEIR layout "
+        "needs corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv"
+    )
+
+
+def _qrels_file(folder: Path, split: str) -> Path:
+    """Return the file with the judgments of a split, or say which splits there are."""
+    candidates = sorted((folder / "qrels").glob("*.tsv")) + sorted(
+        (folder / "qrels").glob("*.tsv.gz")
+    )
+    files = {path.name.removesuffix(".gz").removesuffix(".tsv"): path for path in candidates[::-1]}
+    if not files:
+        raise UserError(
+            f"retrieval set {folder} has no qrels/*.tsv; the BEIR layout needs corpus.jsonl, "
+            "queries.jsonl and qrels/SPLIT.tsv"
+        )
+    if split not in files:
+        raise UserError(
+            f"retrieval set {folder} has no split {split!r}; its splits are "
+            f"{', '.join(sorted(files))}"
+        )
+    return files[split]
+
+
+def _read_texts(path: Path) -> dict[str, str]:
+    """Read a jsonl file of `_id`, `text` and optionally `title`."""
+    texts: dict[str, str] = {}
+    for where, record in json_objects(path):
+        text_id = record.get("_id")
+        # True and False are ints to Python, and no ids.
+        if isinstance(text_id, int) and not isinstance(text_id, bool):
+            text_id = str(text_id)
+        if not isinstance(text_id, str) or not text_id:
+            raise UserError(
+                f"{where}: _id is {reprlib.repr(text_id)}; it must be a string and not empty"
+            )
+        if text_id in texts:
+            raise UserError(f"{where}: _id {text_id!r} occurs twice; ids must be unique")
+        text = text_of(record, "text", where=where)
+        title = text_of(record, "title", where=where) if record.get("title") else ""
+        texts[text_id] = f"{title} {text}" if title else text
+    if not texts:
+        raise UserError(f"{path} is empty; it needs one JSON object with _id and text a line")
+    return texts
+
+
+def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
+    """Read judgments: three columns with or without a header, or TREC's four."""
+    qrels: dict[str, dict[str, int]] = {}
+    is_first = True
+    for number, line in numbered_lines(path):
+        if not line.strip():
+            continue
+        may_be_header, is_first = is_first, False
+        # TREC files are separated by spaces; ids in BEIR's may hold some.
+        columns = line.split("\t") if "\t" in line else line.split()
+        columns = [column.strip() for column in columns]
+        if len(columns) not in (3, 4):
+            raise UserError(
+                f"{path}, line {number}: {len(columns)} columns; it needs query-id, corpus-id and "
+                "score, separated by tabs (or TREC's query, 0, document, score)"
+            )
+        query, document, score = columns[0], columns[-2], columns[-1]
+        try:
+            relevance = int(score)
+        except ValueError as error:
+            if may_be_header:
+                continue
+            raise UserError(
+                f"{path}, line {number}: the score {score!r} is not a whole number"
+            ) from error
+        judgments = qrels.setdefault(query, {})
+        if judgments.get(document, relevance) != relevance:
+            raise UserError(
+                f"{path}, line {number}: document {document!r} is judged {judgments[document]} and "
+                f"{relevance} for query {query!r}; keep one of them"
+            )
+        judgments[document] = relevance
+    if not qrels:
+        raise UserError(f"{path} is empty; it needs a judgment a line: query-id, corpus-id, score")
+    return qrels
+
+
+def _check_known(
+    qrels_file: Path, what: str, file_name: str, named: Iterable[str], known: dict[str, str]
+) -> None:
+    unknown = [text_id for text_id in named if text_id not in known]
+    if unknown:
+        examples = ", ".join(repr(text_id) for text_id in unknown[:3])
+        more = ", ..." if len(unknown) > 3 else ""
+        raise UserError(
+            f"{qrels_file} names {len(unknown)} {what} that are not in {file_name} "
+            f"({examples}{more}); the files do not belong together, or one of them is cut"
+        )

@@ -1,0 +1,219 @@
+"""InfoNCE over a global batch, in tiles: no matrix of all queries by all documents ever exists.
+
+Shapes: b queries of this rank, m documents of all ranks (columns), d embedding width.
+
+The slow version, which the tests compare with, value and every gradient:
+
+    logits_bm = scale * queries_bd @ documents_md.T
+    loss = (logsumexp(logits_bm, 1) - logits_bm[range(b), positives_b]).sum()
+    # symmetric: each positive document must also find its query among all queries of all ranks,
+    # so its log-sum-exp runs over the rows of every rank
+    columns_m = combine_columns(logsumexp(logits_bm, 0))
+    loss = (loss + (columns_m[positives_b] - logits_bm[range(b), positives_b]).sum()) / 2
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from largebatch.errors import UserError
+from largebatch.losses.temperature import Temperature
+
+CombineColumns = Callable[[Tensor], Tensor]
+"""Takes the log-sum-exp of each column over this rank's rows, `[m]`, returns it over all rows."""
+
+TILE = 2048
+"""Rows and columns of a tile: 16 MiB of float32."""
+
+
+class InfoNCE(NamedTuple):
+    """What `info_nce` returns."""
+
+    loss_sum: Tensor
+    """Scalar, the sum over this rank's rows."""
+    correct: Tensor
+    """`[b]` bool, whether no document scores above the query's own. Has no gradient."""
+
+
+def info_nce(
+    queries_bd: Tensor,
+    documents_md: Tensor,
+    positives_b: Tensor,
+    scale: Tensor,
+    *,
+    symmetric: bool = False,
+    is_positive_m: Tensor | None = None,
+    combine_columns: CombineColumns | None = None,
+    tile: int = TILE,
+) -> InfoNCE:
+    """Sum the contrastive loss over this rank's rows (arXiv 1807.03748, eq. 4).
+
+    Args:
+        queries_bd: This rank's queries.
+        documents_md: The documents of all ranks, negatives included.
+        positives_b: int64, the column of each query's document.
+        scale: Scalar logit scale, 1 / temperature.
+        symmetric: Whether documents are matched to queries as well, both directions weighing half.
+        is_positive_m: bool, the columns that are some query's document, on any rank. Only they
+            have a row of their own in the symmetric direction. None: all of them.
+        combine_columns: Combines column statistics over ranks. None: this rank has all rows.
+        tile: Rows and columns that are looked at together.
+
+    The gradient that comes back is that of the sum over *all* ranks' rows with respect to this
+    rank's rows and this rank's share of the columns. So every rank must call backward with the
+    same factor; then adding the documents' gradients over ranks gives the exact one.
+    """
+    if is_positive_m is None:
+        is_positive_m = torch.ones(len(documents_md), dtype=torch.bool, device=queries_bd.device)
+    loss_sum, correct = _TiledInfoNCE.apply(  # type: ignore[no-untyped-call]
+        queries_bd,
+        documents_md,
+        scale,
+        positives_b,
+        is_positive_m,
+        symmetric,
+        combine_columns,
+        tile,
+    )
+    return InfoNCE(loss_sum, correct)
+
+
+class ContrastiveLoss(nn.Module):
+    """InfoNCE with in-batch negatives and a temperature.
+
+    Args:
+        temperature: Default: fixed at 0.05.
+        symmetric: Whether documents are matched to queries too, both directions weighing half.
+    """
+
+    def __init__(self, temperature: Temperature | None = None, *, symmetric: bool = False) -> None:
+        super().__init__()
+        self.temperature = temperature if temperature is not None else Temperature()
+        self.symmetric = symmetric
+
+    def forward(self, queries_bd: Tensor, documents_md: Tensor) -> Tensor:
+        """Return the mean loss of b queries whose documents are the first b of m documents."""
+        if len(documents_md) < len(queries_bd):
+            raise UserError(
+                f"{len(queries_bd)} queries need a document each, got {len(documents_md)}"
+            )
+        columns_m = torch.arange(len(documents_md), device=queries_bd.device)
+        result = self.sum_over_rows(
+            queries_bd,
+            documents_md,
+            columns_m[: len(queries_bd)],
+            is_positive_m=columns_m < len(queries_bd),
+        )
+        return result.loss_sum / len(queries_bd)
+
+    def sum_over_rows(
+        self,
+        queries_bd: Tensor,
+        documents_md: Tensor,
+        positives_b: Tensor,
+        *,
+        is_positive_m: Tensor | None = None,
+        combine_columns: CombineColumns | None = None,
+    ) -> InfoNCE:
+        """Return the loss summed over this rank's rows: `info_nce` with this object's settings."""
+        return info_nce(
+            queries_bd,
+            documents_md,
+            positives_b,
+            self.temperature(),
+            symmetric=self.symmetric,
+            is_positive_m=is_positive_m,
+            combine_columns=combine_columns,
+        )
+
+
+class _TiledInfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries_bd: Tensor,
+        documents_md: Tensor,
+        scale: Tensor,
+        positives_b: Tensor,
+        is_positive_m: Tensor,
+        symmetric: bool,
+        combine_columns: CombineColumns | None,
+        tile: int,
+    ) -> tuple[Tensor, Tensor]:
+        b, m = len(queries_bd), len(documents_md)
+        row_lse_b = queries_bd.new_full((b,), -torch.inf)
+        column_lse_m = queries_bd.new_full((m,), -torch.inf)
+        best_b = queries_bd.new_full((b,), -torch.inf)
+        positive_logit_b = queries_bd.new_zeros(b)
+        logit_scale = scale.to(queries_bd.dtype)
+        for rows, columns in _tiles(b, m, tile):
+            logits = (logit_scale * queries_bd[rows]) @ documents_md[columns].T
+            row_lse_b[rows] = torch.logaddexp(row_lse_b[rows], logits.logsumexp(1))
+            best_b[rows] = torch.maximum(best_b[rows], logits.amax(1))
+            index, inside = _positives_in_tile(positives_b[rows], columns)
+            own = logits.gather(1, index[:, None]).squeeze(1)
+            positive_logit_b[rows] = torch.where(inside, own, positive_logit_b[rows])
+            if symmetric:
+                column_lse_m[columns] = torch.logaddexp(column_lse_m[columns], logits.logsumexp(0))
+        loss_sum = (row_lse_b - positive_logit_b).sum()
+        if symmetric:
+            if combine_columns is not None:
+                column_lse_m = combine_columns(column_lse_m)
+            loss_sum = (loss_sum + (column_lse_m[positives_b] - positive_logit_b).sum()) / 2
+        ctx.save_for_backward(
+            queries_bd, documents_md, scale, positives_b, is_positive_m, row_lse_b, column_lse_m
+        )
+        ctx.symmetric, ctx.tile = symmetric, tile
+        correct_b = positive_logit_b >= best_b
+        ctx.mark_non_differentiable(correct_b)
+        return loss_sum, correct_b
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _grad_correct: Tensor) -> tuple[Tensor | None, ...]:
+        (
+            queries_bd, documents_md, scale, positives_b, is_positive_m, row_lse_b, column_lse_m,
+        ) = ctx.saved_tensors  # fmt: skip
+        grad_queries_bd = torch.zeros_like(queries_bd)
+        grad_documents_md = torch.zeros_like(documents_md)
+        grad_log_scale = scale.new_zeros(())
+        logit_scale = scale.to(queries_bd.dtype)
+        num_directions = 2 if ctx.symmetric else 1
+        for rows, columns in _tiles(len(queries_bd), len(documents_md), ctx.tile):
+            logits = (logit_scale * queries_bd[rows]) @ documents_md[columns].T
+            # d loss / d logits: softmax minus one at the positive, for each direction.
+            grad_logits = torch.exp(logits - row_lse_b[rows, None])
+            if ctx.symmetric:
+                column_softmax = torch.exp(logits - column_lse_m[columns])
+                grad_logits += column_softmax * is_positive_m[columns]
+            index, inside = _positives_in_tile(positives_b[rows], columns)
+            minus_one = torch.where(inside, -num_directions, 0).to(logits.dtype)
+            grad_logits.scatter_add_(1, index[:, None], minus_one[:, None])
+            grad_queries_bd[rows] += grad_logits @ documents_md[columns]
+            grad_documents_md[columns] += grad_logits.T @ queries_bd[rows]
+            grad_log_scale += torch.linalg.vecdot(grad_logits.flatten(), logits.flatten()).to(
+                scale.dtype
+            )
+        factor = grad_loss / num_directions
+        return (
+            grad_queries_bd.mul_(factor * logit_scale),
+            grad_documents_md.mul_(factor * logit_scale),
+            grad_log_scale * factor / scale,
+            None, None, None, None, None,
+        )  # fmt: skip
+
+
+def _tiles(b: int, m: int, tile: int) -> Iterator[tuple[slice, slice]]:
+    for row in range(0, b, tile):
+        for column in range(0, m, tile):
+            yield slice(row, min(row + tile, b)), slice(column, min(column + tile, m))
+
+
+def _positives_in_tile(positives: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Return each row's positive as a column of the tile, and whether it lies in the tile."""
+    width = columns.stop - columns.start
+    index = positives - columns.start
+    return index.clamp(0, width - 1), (index >= 0) & (index < width)

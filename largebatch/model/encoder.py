@@ -1,0 +1,278 @@
+"""The encoder: a transformers backbone, a pooling and the texts' settings, in one module.
+
+Shapes: n texts, L tokens, H hidden width, d embedding width.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from largebatch.batch import Chunk, Texts
+from largebatch.config import POOLINGS, suggest
+from largebatch.data.chunks import pad_chunks, plan_chunks
+from largebatch.data.text import TextSettings, tokenize
+from largebatch.errors import UserError
+from largebatch.model.pooling import POOLING
+from largebatch.model.pretrained import (
+    load_backbone,
+    load_tokenizer,
+    new_backbone,
+    read_settings,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Encoder(nn.Module):
+    """Turns chunks of tokens, or texts, into embeddings.
+
+    Args:
+        backbone: Any transformers model whose output has `last_hidden_state`.
+        tokenizer: Its tokenizer.
+        pooling: cls, mean, last or weighted_mean.
+        normalize: Whether embeddings have unit length.
+        query_prompt: Put before each query, in training and whenever queries are encoded.
+        document_prompt: Put before each document.
+        query_max_tokens: Longest query in training; encoding cuts at the larger of both numbers.
+        document_max_tokens: Longest document in training.
+
+    Raises:
+        UserError: The pooling is unknown, the tokenizer has tokens that the backbone lacks, or a
+            maximum length is beyond the backbone's positions.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        tokenizer: Any,
+        *,
+        pooling: str = "mean",
+        normalize: bool = True,
+        query_prompt: str = "",
+        document_prompt: str = "",
+        query_max_tokens: int = 128,
+        document_max_tokens: int = 256,
+    ) -> None:
+        super().__init__()
+        if pooling not in POOLING:
+            raise UserError(
+                f"pooling={pooling!r} is not one of {', '.join(POOLINGS)}"
+                f"{suggest(pooling, POOLINGS)}"
+            )
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.normalize = normalize
+        self.text = TextSettings(
+            query_prompt=query_prompt,
+            document_prompt=document_prompt,
+            query_max_tokens=query_max_tokens,
+            document_max_tokens=document_max_tokens,
+        )
+        self.autocast_dtype: torch.dtype | None = None
+        """Set to bfloat16 for mixed precision in the backbone."""
+        if tokenizer.pad_token_id is None:
+            # Decoders often have none. Padding is masked everywhere, so any token serves.
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        self._check_tokenizer_and_lengths()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_name: str | Path,
+        *,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
+        query_max_tokens: int | None = None,
+        document_max_tokens: int | None = None,
+        tokenizer: str | Path | None = None,
+        attention: str = "sdpa",
+    ) -> "Encoder":
+        """Load a transformers or sentence-transformers folder, or a hub name.
+
+        What is not given comes from the folder's sentence-transformers settings, else from the
+        defaults of the constructor. Code of the folder is never run; weights are safetensors.
+
+        Raises:
+            UserError: There is no such model, it has no safetensors, or its modules are more than
+                a transformer, a pooling and a normalization.
+        """
+        name = str(path_or_name)
+        settings = read_settings(name)
+        given = {
+            "pooling": pooling,
+            "normalize": normalize,
+            "query_prompt": query_prompt,
+            "document_prompt": document_prompt,
+            "query_max_tokens": query_max_tokens,
+            "document_max_tokens": document_max_tokens,
+        }
+        for key in ("query_prompt", "document_prompt"):
+            if given[key] is not None and key in settings and given[key] != settings[key]:
+                log.warning(
+                    "%s=%r differs from %r, which the checkpoint %s was trained with",
+                    key, given[key], settings[key], name,
+                )  # fmt: skip
+        own_tokenizer = (
+            load_tokenizer(name) if tokenizer is None else load_tokenizer(str(tokenizer))
+        )
+        if tokenizer is not None and own_tokenizer.get_vocab() != load_tokenizer(name).get_vocab():
+            log.warning(
+                "the tokenizer %s differs from that of the checkpoint %s: its token ids will mean "
+                "other words than those that the weights were trained on", tokenizer, name,
+            )  # fmt: skip
+        merged = settings | {key: value for key, value in given.items() if value is not None}
+        return cls(load_backbone(name, attention=attention), own_tokenizer, **merged)
+
+    @classmethod
+    def from_scratch(
+        cls,
+        model_type: str,
+        tokenizer: Any,
+        *,
+        config: Mapping[str, Any] | None = None,
+        attention: str = "sdpa",
+        **settings: Any,
+    ) -> "Encoder":
+        """Build an untrained backbone of a transformers architecture.
+
+        Args:
+            model_type: transformers' name of the architecture, such as bert.
+            tokenizer: Its length is the size of the vocabulary.
+            config: Entries of the architecture's config, such as hidden_size.
+            attention: transformers' attention implementation.
+            settings: pooling, prompts and lengths, as in the constructor.
+        """
+        backbone = new_backbone(model_type, tokenizer, config=config or {}, attention=attention)
+        return cls(backbone, tokenizer, **settings)
+
+    def forward(self, chunk: Chunk) -> Tensor:
+        """Return the embeddings of a chunk, `[n, d]` in float32 (float64 for a float64 model)."""
+        device = chunk.input_ids.device
+        with (
+            torch.autocast(device.type, dtype=self.autocast_dtype)
+            if self.autocast_dtype is not None
+            else nullcontext()
+        ):
+            hidden_nLH = self.backbone(
+                input_ids=chunk.input_ids, attention_mask=chunk.attention_mask
+            ).last_hidden_state
+        # Pooling and length are where low precision would cost; both are cheap.
+        if hidden_nLH.dtype in (torch.bfloat16, torch.float16):
+            hidden_nLH = hidden_nLH.float()
+        embeddings_nd = POOLING[self.pooling](hidden_nLH, chunk.attention_mask)
+        return F.normalize(embeddings_nd, dim=-1) if self.normalize else embeddings_nd
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the embeddings."""
+        dtype = next(self.backbone.parameters()).dtype
+        return torch.float64 if dtype == torch.float64 else torch.float32
+
+    @property
+    def embedding_width(self) -> int:
+        """Width d of an embedding."""
+        return int(self.backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def pad_id(self) -> int:
+        """Token id that fills the padding."""
+        return int(self.tokenizer.pad_token_id)
+
+    def tokenize(self, texts: Sequence[str], *, side: str) -> tuple[Texts, int]:
+        """Return the tokens of texts of one side as in training, and how many texts were cut."""
+        return tokenize(
+            self.tokenizer,
+            texts,
+            prompt=self.text.prompt(side),
+            max_tokens=self.text.max_tokens(side),
+        )
+
+    @torch.no_grad()
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        side: str = "document",
+        tokens_per_chunk: int = 16384,
+        progress: bool = False,
+    ) -> npt.NDArray[np.float32]:
+        """Return the embeddings of texts, float32 `[n, d]`, in their order.
+
+        Args:
+            texts: Any number of texts.
+            side: query or document: whose prompt is put before each text.
+            tokens_per_chunk: Most padded tokens that go through the model at once.
+            progress: Whether to show a progress bar.
+        """
+        if isinstance(texts, str):
+            raise UserError("encode takes a list of texts, not one string")
+        tokens, _ = tokenize(
+            self.tokenizer,
+            texts,
+            prompt=self.text.prompt(side),
+            max_tokens=self.text.encode_max_tokens,
+        )
+        plan = plan_chunks(tokens.lengths, tokens_per_chunk)
+        out = np.empty((tokens.num_texts, self.embedding_width), np.float32)
+        was_training = self.training
+        self.eval()
+        for rows in _with_progress(plan) if progress else plan:
+            (chunk,) = pad_chunks(tokens, [rows], pad_id=self.pad_id, device=self.device)
+            out[rows] = self(chunk).float().cpu().numpy()
+        self.train(was_training)
+        return out
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `SentenceTransformer(folder)` and `from_pretrained` load."""
+        from largebatch.model.export import save_sentence_transformer
+
+        save_sentence_transformer(self, Path(folder))
+
+    def _check_tokenizer_and_lengths(self) -> None:
+        config = self.backbone.config
+        known = getattr(config, "vocab_size", None)
+        if known is not None and len(self.tokenizer) > known:
+            raise UserError(
+                f"the tokenizer has {len(self.tokenizer)} tokens, but the model knows {known}: "
+                "use the model's own tokenizer"
+            )
+        positions = _usable_positions(self.backbone)
+        for name in ("query_max_tokens", "document_max_tokens"):
+            if positions is not None and getattr(self.text, name) > positions:
+                raise UserError(
+                    f"text.{name}={getattr(self.text, name)} is beyond the {positions} positions "
+                    "of the model; lower it"
+                )
+
+
+def _usable_positions(backbone: nn.Module) -> int | None:
+    """Return the longest text that a model takes, None if it has no limit that it tells."""
+    for name, module in backbone.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa's kind counts positions from behind its padding index.
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - skipped
+    positions = getattr(backbone.config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def _with_progress(plan: list[Any]) -> Any:
+    from rich.progress import track
+
+    return track(plan, description="encoding", total=len(plan))

@@ -1,0 +1,46 @@
+"""Pooling: hidden states of a text's tokens become one vector.
+
+Shapes: n texts, L tokens, H hidden width. All functions are right under left and right padding and
+under the padding that a text longer than its neighbours never has.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def pool_cls(hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
+    """Return the first token of each text, `[n, H]`."""
+    first_n = mask_nL.int().argmax(dim=1)
+    return hidden_nLH[torch.arange(len(hidden_nLH), device=hidden_nLH.device), first_n]
+
+
+def pool_last(hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
+    """Return the last token of each text, `[n, H]`."""
+    last_n = mask_nL.shape[1] - 1 - mask_nL.int().flip(1).argmax(dim=1)
+    return hidden_nLH[torch.arange(len(hidden_nLH), device=hidden_nLH.device), last_n]
+
+
+def pool_mean(hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
+    """Return the mean over the tokens of each text, `[n, H]`."""
+    return _weighted(hidden_nLH, mask_nL.to(hidden_nLH.dtype))
+
+
+def pool_weighted_mean(hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
+    """Return the mean in which token i, from 1, weighs i, `[n, H]` (SGPT, arXiv 2202.08904)."""
+    return _weighted(hidden_nLH, (mask_nL.cumsum(dim=1) * mask_nL).to(hidden_nLH.dtype))
+
+
+POOLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cls": pool_cls,
+    "mean": pool_mean,
+    "last": pool_last,
+    "weighted_mean": pool_weighted_mean,
+}
+
+
+def _weighted(hidden_nLH: Tensor, weights_nL: Tensor) -> Tensor:
+    # As a product of [1, L] and [L, H]: no [n, L, H] copy of the hidden states is made.
+    total_nH = torch.bmm(weights_nL.unsqueeze(1), hidden_nLH).squeeze(1)
+    return total_nH / weights_nL.sum(dim=1, keepdim=True)

@@ -1,0 +1,50 @@
+"""Plain data parallelism: every rank holds the whole model, gradients are averaged once per step.
+
+torch's DistributedDataParallel would reduce during the last backward pass; but ranks differ in the
+number of their chunks, some have none, and the temperature lies outside the encoder. One all-reduce
+of all gradients, after the last chunk, is right for all of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from largebatch.parallel.collectives import Collectives
+
+
+@contextmanager
+def one_reduction(parameters: Sequence[nn.Parameter], collectives: Collectives) -> Iterator[None]:
+    """Run backward passes inside; leaving averages the gradients over ranks in one all-reduce.
+
+    A gradient that was there before, the same on all ranks, is kept and added to. With one rank
+    nothing is done.
+    """
+    yield
+    if collectives.world.size > 1:
+        average_gradients([p for p in parameters if p.requires_grad], collectives.world.size)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter], world_size: int) -> None:
+    """Replace each `.grad` by its mean over ranks; a missing one counts as zeros.
+
+    One all-reduce for each data type among the gradients.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        assert parameter.grad is not None
+        by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= world_size
+        offset = 0
+        for gradient in gradients:
+            gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+            offset += gradient.numel()

@@ -1,0 +1,26 @@
+"""Peak memory of this process, on its GPU or in main memory."""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory that this process has held at once so far, in GiB.
+
+    On CUDA: what torch allocated for tensors on `device`. Elsewhere: the resident set, that is
+    everything in main memory, the interpreter and the libraries included.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if _STATUS.exists():
+        # Not getrusage: on Linux its maximum is inherited from the process that started this one.
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,85 @@
+"""Every preset composes, and the experiments' configs are what they were.
+
+After a change that is meant, write the golden files anew and read the difference:
+    LARGEBATCH_WRITE_GOLDEN=1 pytest tests/conf
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from largebatch.commands.compose import build, compose, resolve
+from largebatch.commands.overrides import expand_preset
+from largebatch.commands.presets import conf_folder, open_presets
+from largebatch.commands.table import COMMANDS
+
+GOLDEN = Path(__file__).parent / "golden"
+CONF = conf_folder()
+TRAIN = COMMANDS["train"]
+SOURCE = "data.sources.mine.urls=[shards/]"
+
+experiments = sorted(file.stem for file in CONF.glob("experiment/*.yaml"))
+choices = sorted(
+    (file.parent.name, file.stem)
+    for file in CONF.glob("*/*.yaml")
+    if file.parent.name not in {"experiment", *COMMANDS}
+)
+
+
+@pytest.mark.parametrize("name", experiments)
+def test_experiment_is_as_golden(name):
+    with open_presets():
+        text = OmegaConf.to_yaml(resolve(compose(TRAIN, expand_preset(TRAIN, [name]))))
+    golden = GOLDEN / f"{name}.yaml"
+    if os.environ.get("LARGEBATCH_WRITE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text(), "meant? then LARGEBATCH_WRITE_GOLDEN=1 pytest tests/conf"
+
+
+def test_every_golden_file_has_its_experiment():
+    assert sorted(file.stem for file in GOLDEN.glob("*.yaml")) == experiments
+
+
+@pytest.mark.parametrize("name", experiments)
+def test_experiment_passes_its_checks(name):
+    needed = ["backbone.path=folder"] if "pretrained" in name else []
+    with open_presets():
+        config = build(compose(TRAIN, [f"experiment={name}", *needed]))
+    assert config.output_dir == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", experiments)
+def test_experiment_file_opens_with_command_hardware_and_result(name):
+    opening = (CONF / f"experiment/{name}.yaml").read_text().partition("defaults:")[0]
+    for word in (f"largebatch train {name}", "# Hardware: ", "# Expected: "):
+        assert word in opening
+
+
+@pytest.mark.parametrize(("group", "choice"), choices)
+def test_every_choice_composes_and_passes_its_checks(group, choice):
+    needed = ["backbone.path=folder"] if (group, choice) == ("backbone", "pretrained") else []
+    needed += [] if (group, choice) == ("data", "code") else [SOURCE]
+    with open_presets():
+        build(compose(TRAIN, [f"{group}={choice}", *needed]))
+
+
+@pytest.mark.parametrize(("group", "choice"), choices)
+def test_every_choice_says_what_it_is(group, choice):
+    lines = (CONF / group / f"{choice}.yaml").read_text().splitlines()
+    comments = [line for line in lines if line.startswith("# ") and "@package" not in line]
+    assert len(comments) == 1
+    assert 20 < len(comments[0]) < 100
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_composes(name):
+    with open_presets():
+        config = compose(COMMANDS[name], [])
+    assert OmegaConf.get_type(config) is COMMANDS[name].config_class
+
+
+def test_a_pretrained_backbone_needs_its_path():
+    with open_presets(), pytest.raises(ValueError, match=r"backbone\.path"):
+        build(compose(TRAIN, ["experiment=quickstart_pretrained"]))

@@ -1,0 +1,177 @@
+"""The cached, chunked, distributed gradient equals the plain full-batch one."""
+
+import numpy as np
+import pytest
+import torch
+from dist import run_ranks
+from numerics.reference import (
+    full_batch_gradient,
+    gradients,
+    plain_infonce,
+    random_texts,
+    relative_error,
+    tiny_encoder,
+    tiny_loss,
+)
+
+from largebatch.batch import Texts
+from largebatch.data.chunks import pad_chunks, plan_chunks
+from largebatch.gradcache import GradCache
+from largebatch.world import part_of_rank
+
+NUM_PAIRS = 13  # not divisible by 2, 3 or 4
+QUERIES = random_texts(NUM_PAIRS, longest=9, seed=1)
+DOCUMENTS = random_texts(NUM_PAIRS, longest=30, seed=2)
+NEGATIVES = random_texts(7, longest=20, seed=3)
+
+
+def cached_gradient(world_size, rank, *, symmetric, budget, dtype, keep="none", split=part_of_rank):
+    encoder, loss = tiny_encoder(dtype=dtype), tiny_loss(symmetric=symmetric, dtype=dtype)
+    step = GradCache(encoder, loss, tokens_per_chunk=budget, keep=keep)
+    rows = split(NUM_PAIRS, rank, world_size)
+    negatives = part_of_rank(len(NEGATIVES), rank, world_size)
+    report = step.report(
+        [QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows], [NEGATIVES[i] for i in negatives]
+    )
+    found = gradients(encoder, loss)
+    return float(report.loss), float(report.accuracy), found, report.num_chunks
+
+
+def on_rank(world_size, options):
+    return cached_gradient(world_size, torch.distributed.get_rank(), **options)
+
+
+def expected_gradient(symmetric):
+    """Return the reference: single process, full batch, float64."""
+    return full_batch_gradient(
+        tiny_encoder(), tiny_loss(symmetric=symmetric), QUERIES, DOCUMENTS, NEGATIVES
+    )
+
+
+def run(world_size, **options):
+    if world_size == 1:
+        return [cached_gradient(1, 0, **options)]
+    return run_ranks(on_rank, world_size, world_size, options)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("budget", [1, 40, 10**6])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)], ids=["f64", "f32"]
+)
+def test_equals_full_batch(world_size, budget, symmetric, dtype, tolerance):
+    loss, expected = expected_gradient(symmetric)
+    for value, _, found, num_chunks in run(
+        world_size, symmetric=symmetric, budget=budget, dtype=dtype
+    ):
+        assert value == pytest.approx(float(loss), rel=tolerance)
+        assert relative_error(found, expected) < tolerance
+        if budget == 1:
+            assert num_chunks > 5
+        if budget == 10**6:
+            assert num_chunks == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_keeping_graphs_gives_the_same(world_size):
+    _, expected = expected_gradient(True)
+    for _, _, found, _ in run(
+        world_size, symmetric=True, budget=40, dtype=torch.float64, keep="all"
+    ):
+        assert relative_error(found, expected) < 1e-6
+
+
+def all_but_rank_1(num_rows, rank, size):
+    others = [r for r in range(size) if r != 1]
+    return part_of_rank(num_rows, others.index(rank), size - 1) if rank != 1 else range(0)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_rank_without_rows(symmetric):
+    _, expected = expected_gradient(symmetric)
+    for _, _, found, _ in run(
+        3, symmetric=symmetric, budget=40, dtype=torch.float64, split=all_but_rank_1
+    ):
+        assert relative_error(found, expected) < 1e-6
+
+
+def test_gradients_add_up_over_calls():
+    """Two calls without zeroing give the sum, on several ranks too: earlier gradients stay."""
+
+    def twice():
+        encoder, loss = tiny_encoder(), tiny_loss(symmetric=False)
+        step = GradCache(encoder, loss, tokens_per_chunk=40)
+        rows = part_of_rank(NUM_PAIRS, torch.distributed.get_rank(), 2)
+        for _ in range(2):
+            step([QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows])
+        return gradients(encoder, loss)
+
+    _, once = full_batch_gradient(tiny_encoder(), tiny_loss(symmetric=False), QUERIES, DOCUMENTS)
+    doubled = {name: 2 * gradient for name, gradient in once.items()}
+    for found in run_ranks(twice, 2):
+        assert relative_error(found, doubled) < 1e-6
+
+
+def dropout_step(world_size, symmetric):
+    """Return the cached gradient with dropout, and all that a single graph needs to repeat it."""
+    rank = torch.distributed.get_rank() if world_size > 1 else 0
+    encoder, loss = tiny_encoder(dropout=0.3), tiny_loss(symmetric=symmetric)
+    rows = part_of_rank(NUM_PAIRS, rank, world_size)
+    torch.manual_seed(100 + rank)
+    state = torch.get_rng_state()
+    GradCache(encoder, loss, tokens_per_chunk=40)(
+        [QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows]
+    )
+    return gradients(encoder, loss), state.numpy(), torch.get_rng_state().numpy()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_dropout_equals_one_graph_over_the_same_chunks_and_states(world_size, symmetric):
+    if world_size == 1:
+        results = [dropout_step(1, symmetric)]
+    else:
+        results = run_ranks(dropout_step, world_size, world_size, symmetric)
+    encoder, loss = tiny_encoder(dropout=0.3), tiny_loss(symmetric=symmetric)
+    queries, documents = [], []
+    for rank, (_, state, after) in enumerate(results):
+        rows = part_of_rank(NUM_PAIRS, rank, world_size)
+        texts = Texts.from_lists([QUERIES[i] for i in rows] + [DOCUMENTS[i] for i in rows])
+        plan = plan_chunks(texts.lengths, 40)
+        chunks = pad_chunks(texts, plan, pad_id=encoder.pad_id, device=encoder.device)
+        torch.set_rng_state(torch.from_numpy(state))
+        embeddings = torch.cat([encoder(chunk) for chunk in chunks])
+        # The generator goes on from where the first pass left it, as without a cache.
+        np.testing.assert_array_equal(torch.get_rng_state().numpy(), after)
+        embeddings = embeddings[torch.from_numpy(np.argsort(np.concatenate(plan)))]
+        queries.append(embeddings[: len(rows)])
+        documents.append(embeddings[len(rows) :])
+    plain_infonce(
+        torch.cat(queries), torch.cat(documents), loss.temperature(), symmetric=symmetric
+    ).backward()
+    expected = gradients(encoder, loss)
+    for found, _, _ in results:
+        assert relative_error(found, expected) < 1e-6
+    without_dropout, _ = expected_gradient(symmetric), None
+    assert relative_error(results[0][0], without_dropout[1]) > 0.1  # dropout was on
+
+
+def test_accuracy_and_loss_are_those_of_the_global_batch():
+    encoder, loss = tiny_encoder(), tiny_loss(symmetric=False)
+    with torch.no_grad():
+        queries = torch.from_numpy(np.stack([_alone(encoder, t) for t in QUERIES]))
+        columns = torch.from_numpy(np.stack([_alone(encoder, t) for t in [*DOCUMENTS, *NEGATIVES]]))
+        logits = queries @ columns.T
+        expected = float((logits.argmax(1) == torch.arange(NUM_PAIRS)).double().mean())
+    for _, accuracy, _, _ in run(3, symmetric=False, budget=40, dtype=torch.float64):
+        assert accuracy == pytest.approx(expected)
+    assert 0 <= expected < 1
+    assert loss.symmetric is False
+
+
+def _alone(encoder, tokens):
+    (chunk,) = pad_chunks(
+        Texts.from_lists([tokens]), [np.array([0])], pad_id=0, device=encoder.device
+    )
+    return encoder(chunk)[0].numpy()

@@ -1,0 +1,95 @@
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from largebatch.commands.encode import read_texts, run
+from largebatch.config import EncodeConfig
+from largebatch.data.text import train_tokenizer
+from largebatch.errors import UserError
+from largebatch.model.encoder import Encoder
+
+TEXTS = ["read the file", "", "Größe, 数据 and\u2028more", "write \t it"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encode") / "model"
+    torch.manual_seed(0)
+    Encoder.from_scratch(
+        "bert",
+        train_tokenizer(TEXTS, vocab_size=300),
+        config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "intermediate_size": 16, "max_position_embeddings": 32},
+        query_prompt="find: ",
+        query_max_tokens=16,
+        document_max_tokens=32,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def test_a_row_for_each_line(tmp_path, model, capsys):
+    path, output = tmp_path / "texts.txt", tmp_path / "new" / "folder" / "matrix"
+    path.write_bytes("\r\n".join(TEXTS).encode() + b"\r\n")
+    expected = Encoder.from_pretrained(model)
+    for side in ("document", "query"):
+        run(EncodeConfig(model=str(model), input=str(path), output=str(output), side=side))
+        rows = np.load(output, allow_pickle=False)
+        assert rows.dtype == np.float32
+        np.testing.assert_array_equal(rows, expected.encode(TEXTS, side=side))
+        assert f"float32 [4, 16], a {side} a row" in capsys.readouterr().out
+    assert [p.name for p in output.parent.iterdir()] == ["matrix"]
+    assert abs(rows - expected.encode(TEXTS)).max() > 1e-3
+
+
+def test_reads_a_field_of_jsonl(tmp_path):
+    lines = "\n\n".join(json.dumps({"text": "other", "body": text}) for text in TEXTS)
+    (tmp_path / "a.jsonl").write_text(lines)
+    assert read_texts(tmp_path / "a.jsonl", field="body") == TEXTS
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    assert read_texts(tmp_path / "a.jsonl.gz", field="body") == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', "line 2: there is no field 'text'"),
+        ("a.jsonl", b'{"text": ["x"]}\n', "line 1: text is ['x']; it must be a string"),
+        ("a.jsonl", b'{"text": "x"}\n{"text', "line 2: not JSON"),
+        ("a.txt", b"fine\n\xe9\n", "line 2: not UTF-8"),
+        ("a.txt", b"", "is empty"),
+        ("a.jsonl", b"\n", "is empty"),
+    ],
+)
+def test_names_what_is_wrong_with_the_input(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    # The model doesn't exist either: the input is read before a model is loaded.
+    config = EncodeConfig(
+        model="./absent", input=str(tmp_path / name), output=str(tmp_path / "out.npy")
+    )
+    with pytest.raises(UserError) as caught:
+        run(config)
+    assert message in str(caught.value)
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_names_a_missing_file_model_or_device(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    config = EncodeConfig(model=str(tmp_path / "absent"), input=str(path), output=str(tmp_path))
+    with pytest.raises(UserError, match="is no file"):
+        run(config)
+    path.write_text("x\n")
+    with pytest.raises(UserError, match=r"^output=.* is a folder"):
+        run(config)
+    config.output = str(path / "below" / "out.npy")
+    with pytest.raises(UserError, match=r"^output=.* its folder can't be made"):
+        run(config)
+    config.output = str(tmp_path / "out.npy")
+    with pytest.raises(UserError, match="absent"):
+        run(config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config.device = "cuda"
+    with pytest.raises(UserError, match=r"^device='cuda', but .* use device=cpu"):
+        run(config)

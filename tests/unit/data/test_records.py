@@ -1,0 +1,144 @@
+import pytest
+
+from largebatch.data.records import Record, record_from_mapping
+from largebatch.errors import UserError
+
+
+def convert(mapping, **fields):
+    return record_from_mapping(mapping, fields=fields, source="s", default_id="7", where="row 1")
+
+
+@pytest.mark.parametrize(
+    ("mapping", "expected"),
+    [
+        pytest.param({"query": "q", "document": "d"}, ("q", "d", []), id="ours"),
+        pytest.param(
+            {"query": "q", "document": "d", "negatives": ["m", "n"], "text": "x", "positive": "y"},
+            ("q", "d", ["m", "n"]),
+            id="ours-beside-other-names",
+        ),
+        pytest.param(
+            {"anchor": "q", "positive": "d", "negative": "n"}, ("q", "d", ["n"]), id="st-triplet"
+        ),
+        pytest.param(
+            {
+                "anchor": "q",
+                "positive": "d",
+                "negative_10": "3",
+                "negative_2": "2",
+                "negative": "1",
+            },
+            ("q", "d", ["1", "2", "3"]),
+            id="st-numbered",
+        ),
+        pytest.param({"query": "q", "positive": "d"}, ("q", "d", []), id="st-query"),
+        pytest.param({"question": "q", "answer": "d"}, ("q", "d", []), id="st-question"),
+        pytest.param({"query": "q", "answer": "d"}, ("q", "d", []), id="st-query-answer"),
+        pytest.param({"title": "q", "body": "d"}, ("q", "d", []), id="st-title-body"),
+        pytest.param({"title": "q", "abstract": "d"}, ("q", "d", []), id="st-title-abstract"),
+        pytest.param({"sentence1": "q", "sentence2": "d"}, ("q", "d", []), id="st-sentences"),
+        pytest.param(
+            {"query": "q", "pos": ["d", "d2"], "neg": ["n", "m"], "pos_scores": [1, 2]},
+            ("q", "d", ["n", "m"]),
+            id="flagembedding",
+        ),
+        pytest.param(
+            {
+                "query": "q",
+                "positive_passages": [{"docid": "1", "title": "t", "text": "d"}],
+                "negative_passages": [
+                    {"docid": "2", "title": "", "text": "n"},
+                    {"docid": "3", "title": None, "text": "m"},
+                ],
+            },
+            ("q", "t d", ["n", "m"]),
+            id="tevatron",
+        ),
+        pytest.param(
+            {
+                "query": "q",
+                "positive_passages": {"title": ["t"], "text": ["d"]},
+                "negative_passages": {"title": ["", "u"], "text": ["n", "m"]},
+            },
+            ("q", "t d", ["n", "u m"]),
+            id="tevatron-as-columns",
+        ),
+        pytest.param(
+            {"question": "q", "pos_doc": [{"text": "d"}], "neg_doc": [{"text": "n"}, "m"]},
+            ("q", "d", ["n", "m"]),
+            id="automodel",
+        ),
+        pytest.param(
+            {"query": "q", "pos_doc": "d", "neg_doc": ["n"]}, ("q", "d", ["n"]), id="inline"
+        ),
+        pytest.param({"query": "q", "title": "t", "text": "d"}, ("q", "d", []), id="beir"),
+    ],
+)
+def test_names_of_each_ecosystem_are_recognized(mapping, expected):
+    assert convert(mapping) == Record(*expected, source="s", id="7")
+
+
+def test_fields_name_the_users_own():
+    mapping = {"heading": "q", "body": "d", "bad": "n", "bad_1": "m", "key": 12, "id": "x"}
+    record = convert(mapping, query="heading", document="body", negatives="bad", id="key")
+    assert record == Record("q", "d", ["n", "m"], "s", "12")
+
+
+def test_a_mapped_field_leaves_the_other_to_be_recognized():
+    assert convert({"q": "q", "document": "d"}, query="q")[:2] == ("q", "d")
+    assert convert({"query": "q", "wrong": "d", "document": "x"}, document="wrong")[:2] == (
+        "q",
+        "d",
+    )
+    # The field that is the document is not a query as well.
+    assert convert({"anchor": "q", "query": "d"}, document="query")[:2] == ("q", "d")
+
+
+@pytest.mark.parametrize("name", ["id", "_id", "query_id", "query-id", "question_id"])
+def test_ids_are_recognized(name):
+    assert convert({"query": "q", "document": "d", name: "i"}).id == "i"
+
+
+def test_source_is_the_rows_own_where_none_is_given():
+    row = {"query": "q", "document": "d", "source": "own"}
+    assert convert(row).source == "s"
+    assert record_from_mapping(row, fields={}, source="", default_id="", where="").source == "own"
+
+
+def test_null_is_empty():
+    record = convert({"query": None, "pos": [], "neg": [None, "", "n"], "id": None})
+    assert record == Record("", "", ["n"], "s", "7")
+
+
+@pytest.mark.parametrize(
+    ("mapping", "fields", "parts"),
+    [
+        ({"query": "q", "bdy": "d"}, {"document": "body"}, ["'bdy'", "did you mean 'bdy'"]),
+        ({"query": "q", "document": "d"}, {"negatives": "neg"}, ["fields.negatives='neg'"]),
+        ({"a": "q", "b": "d"}, {}, ["no query and no document", "'a', 'b'", "fields={query:"]),
+        ({"query": "q", "b": "d"}, {"query": "query"}, ["no document", "'query', 'b'"]),
+        ({}, {}, ["none"]),
+        ({"query": 3, "document": "d"}, {}, ["'query'", "a number"]),
+        ({"query": "q", "document": True}, {}, ["'document'", "true or false"]),
+        ({"query": ["q"], "document": "d"}, {}, ["'query'", "a list"]),
+        ({"query": "q", "pos": ["d"], "neg": [1]}, {}, ["'neg'", "a number"]),
+        ({"query": "q", "document": "d", "id": 1.5}, {}, ["'id'", "a number"]),
+        ({"query": "q", "document": "\ud800"}, {}, ["'document'", "surrogate"]),
+        ({"question": "q", "pos_doc": [{"id": "d1"}]}, {}, ["'pos_doc'", "corpus elsewhere"]),
+        ({"question": "q", "pos_doc": [{"body": "d"}]}, {}, ["'pos_doc'", "named 'text'"]),
+        ({"sentence1": "a", "sentence2": "b", "score": 0.1}, {}, ["grade", "sentence1"]),
+    ],
+)  # fmt: skip
+def test_what_is_no_record_is_told(mapping, fields, parts):
+    with pytest.raises(UserError) as caught:
+        convert(mapping, **fields)
+    message = str(caught.value)
+    assert message.startswith("row 1: ")
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_graded_sentences_can_be_mapped():
+    row = {"sentence1": "q", "sentence2": "d", "score": 1.0}
+    assert convert(row, query="sentence1", document="sentence2")[:2] == ("q", "d")
