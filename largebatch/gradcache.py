@@ -37,6 +37,8 @@ class StepReport(NamedTuple):
     """Scalar, the mean over the global batch, the same on all ranks, without a graph."""
     accuracy: Tensor
     """Scalar, the share of queries whose own document scores highest among all columns."""
+    embeddings_finite: Tensor
+    """Bool scalar, whether all of this rank's embeddings are finite."""
     num_tokens: int
     """Tokens of this rank's texts."""
     num_padded_tokens: int
@@ -153,6 +155,7 @@ class GradCache:
         return StepReport(
             loss=value.loss,
             accuracy=value.accuracy,
+            embeddings_finite=embeddings_nd.detach().isfinite().all(),
             num_tokens=int(texts.lengths.sum()),
             num_padded_tokens=sum(chunk.input_ids.numel() for chunk in chunks),
             num_chunks=len(chunks),

@@ -9,6 +9,7 @@ Whatever fails ends with one line on stderr and exit code 1.
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from largebatch.commands.failures import is_rank, report
@@ -20,6 +21,8 @@ from largebatch.errors import UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from largebatch.commands.presets import Presets
 
 INTERRUPTED = 130
 
@@ -39,20 +42,18 @@ def main(arguments: Sequence[str]) -> int:
     """Run one command line (without the program's name) and return the exit code."""
     # The deepspeed launcher adds --local_rank=N, which torch's LOCAL_RANK says as well.
     arguments = [a for a in arguments if not re.fullmatch(r"--local[_-]rank=\d+", a)]
-    debug = any(re.fullmatch(r"\+*debug=(true|smoke)", a.lower()) for a in arguments)
     prepare_rank()
     try:
-        _dispatch(arguments)
+        return _dispatch(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        report(error, debug=debug)
+        report(error, debug="debug=true" in arguments)
         return 1
-    return 0
 
 
-def _dispatch(arguments: Sequence[str]) -> None:
+def _dispatch(arguments: Sequence[str]) -> int:
     from largebatch.commands.help import general_help
 
     name, *rest = arguments or ["--help"]
@@ -63,40 +64,46 @@ def _dispatch(arguments: Sequence[str]) -> None:
 
         print(f"largebatch {version('largebatch')}")
     elif name in COMMANDS:
-        _run_command(COMMANDS[name], parse_line(rest))
+        return _run_command(COMMANDS[name], parse_line(rest))
     else:
         near = nearest(name, COMMANDS)
         hint = f"; did you mean {near}?" if near else ""
         raise UserError(f"{name!r} is not a command{hint} (commands: {', '.join(COMMANDS)})")
+    return 0
 
 
-def _run_command(command: Command, line: Line) -> None:
+def _run_command(command: Command, line: Line) -> int:
     # Hydra takes a tenth of a second to import, which `largebatch --help` is spared.
     from largebatch.commands import compose
     from largebatch.commands import overrides as given
     from largebatch.commands.presets import open_presets
 
-    with open_presets(line.config_dir):
-        overrides = given.expand_preset(command, line.overrides)
+    with open_presets(command, line.config_dir) as presets:
+        overrides = given.expand_preset(presets, line.overrides)
         if line.help:
             from largebatch.commands.help import command_help
 
-            print(command_help(command, overrides))
-            return
+            print(command_help(presets, overrides))
+            return 0
         if line.cfg or line.info:
-            for job, label in given.expand(overrides, multirun=line.multirun):
+            for texts, label in given.expand(overrides, multirun=line.multirun):
                 if label:
                     print(f"# {label}")
-                compose.show(command, job, line)
-            return
-        jobs = plan_jobs(command, overrides, multirun=line.multirun)
+                compose.show(presets, texts, line)
+            return 0
+        jobs = plan_jobs(presets, overrides, multirun=line.multirun)
     for number, job in enumerate(jobs, start=1):
         if job.label:
             print(f"[{number}/{len(jobs)}] {job.label}", flush=True)
-        _run_job(command, job)
+        try:
+            _run_job(command, job, line.config_dir)
+        except Exception as error:
+            report(error, debug=job.config.debug)
+            return 1
+    return 0
 
 
-def plan_jobs(command: Command, overrides: Sequence[str], *, multirun: bool) -> list[Job]:
+def plan_jobs(presets: "Presets", overrides: Sequence[str], *, multirun: bool) -> list[Job]:
     """Compose and check all jobs of a command line; raise UserError for the first wrong one."""
     from largebatch.commands.compose import build, compose
     from largebatch.commands.overrides import expand
@@ -106,12 +113,12 @@ def plan_jobs(command: Command, overrides: Sequence[str], *, multirun: bool) -> 
     expanded = expand(overrides, multirun=multirun)
     labels = [label for _, label in expanded]
     texts = [list(texts) for texts, _ in expanded]
-    configs = [compose(command, job) for job in texts]
+    configs = [compose(presets, job) for job in texts]
     built = [build(config) for config in configs]
     if len(configs) > 1:
         own_folders = _own_folders(configs, labels)
         texts = [[*job, *own] for job, own in zip(texts, own_folders, strict=True)]
-        built = [build(compose(command, job)) for job in texts]
+        built = [build(compose(presets, job)) for job in texts]
     return [Job(*parts) for parts in zip(labels, texts, built, strict=True)]
 
 
@@ -137,10 +144,11 @@ def _own_folders(configs: "Sequence[DictConfig]", labels: Sequence[str]) -> list
     return own
 
 
-def _run_job(command: Command, job: Job) -> None:
+def _run_job(command: Command, job: Job, config_dir: Path | None) -> None:
     if command.starts_ranks and job.config.hardware.ranks > 1 and not is_rank():
+        own_presets = ["--config-dir", str(config_dir)] if config_dir else []
         launch(
-            [sys.executable, "-m", "largebatch", command.name, *job.overrides],
+            [sys.executable, "-m", "largebatch", command.name, *job.overrides, *own_presets],
             ranks=job.config.hardware.ranks,
             threads=job.config.hardware.threads,
         )

@@ -20,17 +20,17 @@ from omegaconf.errors import OmegaConfBaseException
 from largebatch.commands.flags import Line
 from largebatch.commands.options import describe_value, find_option
 from largebatch.commands.overrides import names_code, translate
-from largebatch.commands.table import Command
+from largebatch.commands.presets import Presets
 from largebatch.errors import UserError
 
 
-def compose(command: Command, overrides: Sequence[str]) -> DictConfig:
+def compose(presets: Presets, overrides: Sequence[str]) -> DictConfig:
     """Compose the config of one job; raise UserError for the first override that is wrong."""
-    translated, debug = translate(command, overrides)
+    translated, debug = translate(presets, overrides)
     try:
-        config = hydra.compose(command.name, list(translated))
+        config = hydra.compose(presets.command.name, [*translated, *presets.hydra_overrides])
     except HydraException as error:
-        raise UserError(_explain(command, error, translated)) from error
+        raise UserError(_explain(presets.command.config_class, error, translated)) from error
     except OmegaConfBaseException as error:
         raise UserError(_first_line(error)) from error
     if names_code(OmegaConf.to_container(config, resolve=False)):
@@ -40,34 +40,33 @@ def compose(command: Command, overrides: Sequence[str]) -> DictConfig:
     return config
 
 
-def show(command: Command, overrides: Sequence[str], line: Line) -> None:
+def show(presets: Presets, overrides: Sequence[str], line: Line) -> None:
     """Print what `--cfg` or `--info` ask for, to the standard output."""
     if line.cfg == "job":
-        config: Any = compose(command, overrides)
+        config: Any = compose(presets, overrides)
         config = resolve(config) if line.resolve else config
         if line.package:
-            find_option(command.config_class, line.package)
+            find_option(presets.command.config_class, line.package)
             config = OmegaConf.select(config, line.package)
         print(OmegaConf.to_yaml(config) if OmegaConf.is_config(config) else config, end="")
         return
-    translated = list(translate(command, overrides).overrides)
+    translated = [*translate(presets, overrides).overrides, *presets.hydra_overrides]
     engine = GlobalHydra.instance().hydra
     assert engine is not None
     if line.cfg:
-        engine.show_cfg(command.name, translated, line.cfg, line.package, line.resolve)
+        engine.show_cfg(presets.command.name, translated, line.cfg, line.package, line.resolve)
     elif line.info:
-        engine.show_info(line.info, command.name, translated)
+        engine.show_info(line.info, presets.command.name, translated)
 
 
 def resolve(config: DictConfig) -> DictConfig:
     """Return a copy with each reference, such as ${name}, replaced by what it stands for."""
     resolved = config.copy()
     try:
+        OmegaConf.to_container(config, resolve=True)  # unlike resolve, its errors name the option
         OmegaConf.resolve(resolved)
     except OmegaConfBaseException as error:
-        where = re.search(r"full_key: (\S+)", str(error))
-        prefix = f"{where[1]}: " if where else ""
-        raise UserError(f"{prefix}{_first_line(error)}") from error
+        raise UserError(f"{error.full_key}: {_first_line(error)}") from error
     return resolved
 
 
@@ -103,17 +102,27 @@ def _build(node: Any, faults: list[str]) -> Any:
     return built
 
 
-def _explain(command: Command, error: HydraException, translated: dict[str, Override]) -> str:
+def _explain(
+    config_class: type[Any], error: HydraException, translated: dict[str, Override]
+) -> str:
     """Say what is wrong with a config whose overrides exist but do not fit."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
     for text, override in translated.items():
         if str(error).rstrip().endswith(f"override {text}"):
-            annotation = find_option(command.config_class, override.key_or_group).annotation
+            annotation = find_option(config_class, override.key_or_group).annotation
             given = override.get_value_element_as_str()
             return f"{override.key_or_group}={given} must be {describe_value(annotation)}"
-    return _first_line(cause)
+    # A preset of the user's own: "In 'experiment/mine': ... raised while composing config:", then
+    # what was raised, then the option's key.
+    first, *others = str(error).strip().splitlines()
+    where, reason = first.partition(": ")[0], " ".join(line.strip() for line in others[:1])
+    if key := re.search(r"full_key: (\S+)", str(error)):
+        try:
+            find_option(config_class, key[1])
+        except UserError as unknown:
+            reason = str(unknown)
+        else:
+            reason = f"{key[1]}: {reason}"
+    return f"{where}: {reason}" if reason else first
 
 
 def _first_line(error: BaseException) -> str:

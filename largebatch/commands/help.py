@@ -2,11 +2,15 @@
 
 import shutil
 import textwrap
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from largebatch.commands.flags import FLAGS
 from largebatch.commands.options import Option, list_options, name_type
-from largebatch.commands.table import COMMANDS, Command
+from largebatch.commands.table import COMMANDS
+
+if TYPE_CHECKING:
+    from largebatch.commands.presets import Presets
 
 
 def general_help() -> str:
@@ -30,17 +34,17 @@ def general_help() -> str:
     )
 
 
-def command_help(command: Command, overrides: list[str]) -> str:
+def command_help(presets: "Presets", overrides: Sequence[str]) -> str:
     """Explain a command: examples, presets, groups, and each option with its value here."""
     from omegaconf import OmegaConf
 
     from largebatch.commands.compose import compose
-    from largebatch.commands.presets import list_groups
 
-    config = compose(command, overrides)
-    groups = list_groups(command)
-    presets = groups.pop(command.preset_group, [])
-    has_presets = " [PRESET]" if presets else ""
+    command = presets.command
+    config = compose(presets, overrides)
+    groups = dict(presets.groups)
+    names = groups.pop(command.preset_group, [])
+    has_presets = " [PRESET]" if names else ""
     lines = [
         f"largebatch {command.name}: {command.summary}",
         "",
@@ -49,13 +53,16 @@ def command_help(command: Command, overrides: list[str]) -> str:
         "Examples:",
         *(f"  largebatch {command.name} {example}" for example in command.examples),
     ]
-    if presets:
+    if names:
         lines += ["", f"Presets (the word after {command.name}, or {command.preset_group}=PRESET):"]
-        lines += [_entry(name, _about(command.preset_group, name)) for name in presets]
+        lines += [_entry(name, presets.describe(command.preset_group, name)) for name in names]
     if groups:
         lines += ["", "Groups (GROUP=CHOICE sets several options of that name at once):"]
         for group, choices in groups.items():
-            lines += [f"  {group}=", *(_entry(f"  {c}", _about(group, c)) for c in choices)]
+            lines += [
+                f"  {group}=",
+                *(_entry(f"  {c}", presets.describe(group, c)) for c in choices),
+            ]
     lines += ["", "Options (type, value without further arguments in brackets):"]
     for option in list_options(command.config_class):
         lines += _option(option, OmegaConf.select(config, option.key, throw_on_missing=False))
@@ -85,19 +92,6 @@ def _entry(name: str, text: str) -> str:
     return textwrap.fill(
         f"  {name:<22} {text}", _width(), subsequent_indent=" " * 25, drop_whitespace=True
     )
-
-
-def _about(group: str, choice: str) -> str:
-    """Return the comment that a preset's file opens with."""
-    from largebatch.commands.presets import conf_folder
-
-    file = conf_folder() / group / f"{choice}.yaml"
-    if not file.is_file():  # a preset of the user's own, from --config-dir
-        return ""
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if line.startswith("# ") and not line.startswith("# @package"):
-            return line[2:]
-    return ""
 
 
 def _width() -> int:

@@ -14,17 +14,17 @@ from hydra.core.override_parser.types import Override, OverrideType, Quote, Quot
 from hydra.errors import HydraException
 
 from largebatch.commands.options import find_option, nearest
-from largebatch.commands.presets import list_groups, lists_group
-from largebatch.commands.table import Command
+from largebatch.commands.presets import Presets
 from largebatch.errors import UserError
 
 
-def expand_preset(command: Command, overrides: Sequence[str]) -> list[str]:
+def expand_preset(presets: Presets, overrides: Sequence[str]) -> list[str]:
     """Write a bare word in first place out: `quickstart` as `experiment=quickstart`."""
     if not overrides or "=" in overrides[0] or overrides[0].startswith(("~", "+")):
         return list(overrides)
     word, *others = overrides
-    choices = list_groups(command).get(command.preset_group, [])
+    command = presets.command
+    choices = presets.groups.get(command.preset_group, [])
     if not choices:
         raise UserError(f"{word!r} is not option=value, and {command.name} has no presets")
     for name in word.split(","):
@@ -69,6 +69,8 @@ def parse_override(text: str) -> Override:
         return parser.parse_override(text)
     except HydraException as error:
         reason = str(error.__cause__ or error).splitlines()[0].partition(" expecting")[0]
+        if reason.startswith("LexerNoViableAltException"):
+            reason = "a character that must be quoted"
         raise UserError(
             f"{text!r} cannot be read as option=value ({reason}); put a value with special "
             f"characters in quotes: {text.partition('=')[0]}=\"'...'\""
@@ -89,9 +91,8 @@ class Translated(NamedTuple):
     """The option `debug`, which Hydra would take for a choice of the group debug/."""
 
 
-def translate(command: Command, overrides: Sequence[str]) -> Translated:
+def translate(presets: Presets, overrides: Sequence[str]) -> Translated:
     """Check that each override names an option or a preset, and put it into Hydra's terms."""
-    groups = list_groups(command)
     translated: dict[str, Override] = {}
     debug: bool | None = None
     for text in overrides:
@@ -100,7 +101,7 @@ def translate(command: Command, overrides: Sequence[str]) -> Translated:
         if override.key_or_group == "debug" and isinstance(override.value(), bool):
             debug = bool(override.value())
         else:
-            translated[_translate(command, groups, override)] = override
+            translated[_translate(presets, override)] = override
     return Translated(translated, debug)
 
 
@@ -119,20 +120,21 @@ def _refuse(override: Override) -> None:
         raise UserError(f"{key} would change nothing: jobs do not run inside Hydra; leave it out")
 
 
-def _translate(command: Command, groups: dict[str, list[str]], override: Override) -> str:
+def _translate(presets: Presets, override: Override) -> str:
     """Check an override, and return it as Hydra wants it: with ++ where it adds an entry."""
+    command, groups = presets.command, presets.groups
     key, value = override.key_or_group, override.value()
     if override.package is not None:
         raise UserError(f"{override.input_line}: a preset's place (@) is fixed; leave it out")
     if key in groups and not isinstance(value, dict) and override.type is not OverrideType.DEL:
         _check_choice(key, value, groups[key])
         # A preset group need not stand in the defaults list of the primary config.
-        listed = key != command.preset_group or lists_group(command.name, key)
+        listed = key != command.preset_group or presets.lists_preset_group
         return f"{'' if listed else '+'}{key}={override.get_value_element_as_str()}"
     place = find_option(command.config_class, key, groups=groups)
     if key == "debug":
         raise UserError(f"debug={value} must be true or false")
-    _check_entries(command, key, value)
+    _check_entries(command.config_class, key, value)
     if override.type is OverrideType.DEL:
         if place.mapping_key is None:
             raise UserError(f"{override.input_line}: only entries of a mapping can be removed")
@@ -151,12 +153,12 @@ def _check_choice(group: str, value: Any, choices: Sequence[str]) -> None:
         raise UserError(f"{group}={value} is not a choice{_allowed(str(value), allowed)}")
 
 
-def _check_entries(command: Command, key: str, value: Any) -> None:
+def _check_entries(config_class: type[Any], key: str, value: Any) -> None:
     """Check the keys of a mapping that is set whole: optim={lr: 1e-4}."""
     if isinstance(value, dict):
         for name, entry in value.items():
-            find_option(command.config_class, f"{key}.{name}")
-            _check_entries(command, f"{key}.{name}", entry)
+            find_option(config_class, f"{key}.{name}")
+            _check_entries(config_class, f"{key}.{name}", entry)
 
 
 def _allowed(value: str, choices: Sequence[str]) -> str:

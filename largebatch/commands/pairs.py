@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from largebatch.commands.progress import byte_progress
 from largebatch.config import PairsConfig
 from largebatch.curate.code_pairs import CodePair, extract_all, find_source_files, installed_roots
 from largebatch.curate.split import package_families, split_pairs
@@ -101,7 +102,8 @@ def _write(config: PairsConfig, folder: Path) -> dict[str, Any]:
     """Extract, split and write; return the summary, which is written last."""
     roots = [Path(path).resolve() for path in config.paths] or installed_roots()
     files = find_source_files(roots)
-    with _progress("reading Python files", len(files)) as advance:
+    num_bytes = sum(file.num_bytes for file in files)
+    with byte_progress("reading Python files", num_bytes) as advance:
         extraction = extract_all(files, workers=config.workers or _num_cores(), advance=advance)
     split = split_pairs(
         extraction.pairs,
@@ -164,29 +166,6 @@ def _num_cores() -> int:
     # A container or a scheduler may allow fewer cores than the machine has.
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda number: progress.advance(task, number)
 
 
 def _report(folder: Path, summary: dict[str, Any], what: str) -> None:

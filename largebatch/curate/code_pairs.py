@@ -50,6 +50,8 @@ class SourceFile(NamedTuple):
     """Dotted name."""
     package: str
     """Top-level package that the code comes from: that of the module, or the vendored one."""
+    num_bytes: int
+    """Its size."""
 
 
 class CodePair(NamedTuple):
@@ -101,8 +103,9 @@ def find_source_files(roots: Sequence[Path]) -> list[SourceFile]:
             wanted = set(subfolders) - _SKIPPED_FOLDERS - _TEST_FOLDERS
             subfolders[:] = sorted(name for name in wanted if not name.startswith("."))
             for name in sorted(names):
-                if name.endswith(".py") and not _is_test_file(name):
-                    path = Path(folder, name)
+                path = Path(folder, name)
+                # Editors leave links to nowhere that end in .py.
+                if name.endswith(".py") and not _is_test_file(name) and path.is_file():
                     files.setdefault(path, _source_file(path, path.relative_to(base)))
     return list(files.values())
 
@@ -112,14 +115,14 @@ def extract_all(
 ) -> Extraction:
     """Return the pairs of all files, read by `workers` processes; their number changes nothing.
 
-    `advance` is called with the number of files that were read since the last call.
+    `advance` is called with the number of bytes that were read since the last call.
     """
     tasks = [files[i : i + FILES_PER_TASK] for i in range(0, len(files), FILES_PER_TASK)]
     total = Extraction([], Counter())
     for task, part in zip(tasks, _in_processes(tasks, workers), strict=True):
         total.pairs.extend(part.pairs)
         total.dropped.update(part.dropped)
-        advance(len(task))
+        advance(sum(file.num_bytes for file in task))
     seen: Counter[str] = Counter()
     for i, pair in enumerate(total.pairs):
         seen[pair.name] += 1
@@ -163,12 +166,11 @@ def first_paragraph(docstring: str) -> str:
     >>> first_paragraph("Args:\n    key: A word.")
     ''
     """
-    for paragraph in re.split(r"\n\s*\n", docstring.strip()):
-        prose = itertools.takewhile(lambda line: not _NO_PROSE.match(line), paragraph.split("\n"))
-        text = " ".join(" ".join(prose).split())
-        if not _SIGNATURE.fullmatch(text):
-            return _ROLE.sub(lambda match: match[1].removeprefix("~").split(".")[-1], text)
-    return ""
+    text = _SIGNATURE.sub("", docstring.strip())
+    paragraph = re.split(r"\n\s*\n", text, maxsplit=1)[0]
+    prose = itertools.takewhile(lambda line: not _NO_PROSE.match(line), paragraph.split("\n"))
+    text = " ".join(" ".join(prose).split())
+    return _ROLE.sub(lambda match: match[1].removeprefix("~").split(".")[-1], text)
 
 
 # What follows prose, sometimes without a blank line between: sections, lists of parameters,
@@ -180,7 +182,8 @@ _NO_PROSE = re.compile(
     r"|[:@](param|parameter|arg|type|returns?|rtype|raises|keyword)\b|>>>|\.\. |[-=~^*#]{3,}|```)",
     re.IGNORECASE,
 )
-_SIGNATURE = re.compile(r"[\w.]+\([^()]*\)( *-+> *[\w\[\], .]{1,40})?")
+# A first line that only repeats how the function is called.
+_SIGNATURE = re.compile(r"\A[\w.]+\([^\n]*\)( *-+> *[\w\[\](), .]{1,40})?(\n\s*|\Z)")
 _ROLE = re.compile(r":[a-zA-Z:+-]+:`([^`<>]+)`")
 
 
@@ -196,7 +199,7 @@ def _source_file(path: Path, relative: Path) -> SourceFile:
     for folder, inner in itertools.pairwise(parts):
         if folder in _VENDOR_FOLDERS:
             package = inner.lstrip("_")
-    return SourceFile(path, ".".join(parts), package)
+    return SourceFile(path, ".".join(parts), package, path.stat().st_size)
 
 
 def _in_processes(tasks: Sequence[Sequence[SourceFile]], workers: int) -> Iterator[Extraction]:

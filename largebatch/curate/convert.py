@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from largebatch.config import ShardConfig
 from largebatch.curate.rows import Input, Row, read_rows
 from largebatch.data.records import (
-    Record,
     NEGATIVES,
     FieldNames,
+    Record,
     field_names,
     record_from_mapping,
     texts_of,

@@ -187,9 +187,16 @@ def _field_names(present: tuple[str, ...], mapped: tuple[tuple[str, str], ...]) 
         query, document = query or query_name, document or document_name
         break
     if query is None or document is None:
-        missing = [r for r, n in (("query", query), ("document", document)) if n is None]
+        has_query = query is not None or any(name in free for name, _ in PAIRS)
+        has_document = document is not None or any(name in free for _, name in PAIRS)
+        missing = {
+            (False, False): "no query and no document",
+            (False, True): "no query",
+            (True, False): "no document",
+            (True, True): "no query with its document",
+        }[has_query, has_document]
         raise UserError(
-            f"no {' and no '.join(missing)} is recognized among its fields, {_listed(present)}; "
+            f"{missing} is recognized among its fields, {_listed(present)}; "
             "say which is what, for example 'fields={query: title, document: body}'"
         )
     candidates = (fields["negatives"],) if "negatives" in fields else NEGATIVES

@@ -22,6 +22,8 @@ from largebatch.data.text import TextSettings, tokenize
 from largebatch.errors import UserError
 from largebatch.model.pooling import POOLING
 from largebatch.model.pretrained import (
+    backbone_from_config,
+    check_model_folder,
     load_backbone,
     load_tokenizer,
     new_backbone,
@@ -108,6 +110,7 @@ class Encoder(nn.Module):
                 a transformer, a pooling and a normalization.
         """
         name = str(path_or_name)
+        check_model_folder(name)
         settings = read_settings(name)
         given = {
             "pooling": pooling,
@@ -155,6 +158,15 @@ class Encoder(nn.Module):
         """
         backbone = new_backbone(model_type, tokenizer, config=config or {}, attention=attention)
         return cls(backbone, tokenizer, **settings)
+
+    @classmethod
+    def from_settings(cls, folder: Path, *, attention: str = "sdpa") -> "Encoder":
+        """Build an untrained encoder by what `save_settings` wrote, for a checkpoint to fill."""
+        return cls(
+            backbone_from_config(folder, attention=attention),
+            load_tokenizer(str(folder)),
+            **read_settings(str(folder)),
+        )
 
     def forward(self, chunk: Chunk) -> Tensor:
         """Return the embeddings of a chunk, `[n, d]` in float32 (float64 for a float64 model)."""

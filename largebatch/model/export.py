@@ -17,9 +17,15 @@ def save_sentence_transformer(encoder: "Encoder", folder: Path) -> None:
     versions read as well. Both sides are cut at the larger of their two lengths, since the format
     has one; the two numbers themselves stand in largebatch.json for a later training.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    save_settings(encoder, folder)
     with quiet_transformers():
         encoder.backbone.save_pretrained(folder)  # type: ignore[operator]
+
+
+def save_settings(encoder: "Encoder", folder: Path) -> None:
+    """Write the same folder but for the weights: what `Encoder.from_settings` starts from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder.backbone.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
     text = encoder.text
     tokenizer = encoder.tokenizer
     kept = tokenizer.padding_side, tokenizer.model_max_length

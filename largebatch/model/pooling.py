@@ -43,4 +43,5 @@ POOLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def _weighted(hidden_nLH: Tensor, weights_nL: Tensor) -> Tensor:
     # As a product of [1, L] and [L, H]: no [n, L, H] copy of the hidden states is made.
     total_nH = torch.bmm(weights_nL.unsqueeze(1), hidden_nLH).squeeze(1)
-    return total_nH / weights_nL.sum(dim=1, keepdim=True)
+    # A text without any token has no weights: its embedding is zero, not NaN.
+    return total_nH / weights_nL.sum(dim=1, keepdim=True).clamp(min=1)

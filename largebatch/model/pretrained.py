@@ -50,6 +50,18 @@ def load_backbone(name: str, *, attention: str) -> nn.Module:
     return _freeze_pooler(model)
 
 
+def backbone_from_config(folder: Path, *, attention: str) -> nn.Module:
+    """Return an untrained model, in float32, by the config.json of a folder."""
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    _prepare(config)
+    model: nn.Module = AutoModel.from_config(
+        config, attn_implementation=attention, dtype=torch.float32
+    )
+    return _freeze_pooler(model)
+
+
 def new_backbone(
     model_type: str, tokenizer: Any, *, config: Mapping[str, Any], attention: str
 ) -> nn.Module:
@@ -131,7 +143,6 @@ def read_settings(name: str) -> dict[str, Any]:
     Raises:
         UserError: It has modules or a pooling that are not known here.
     """
-    check_model_folder(name)
     modules = _read_json(name, "modules.json")
     if modules is None:
         return {}
@@ -148,8 +159,10 @@ def read_settings(name: str) -> dict[str, Any]:
                 f"{name!r} has the module {module['type']} at {module['path']!r}; a transformer, "
                 "a Pooling and a Normalize are understood"
             )
-    lengths = _read_json(name, "sentence_bert_config.json") or {}
-    if isinstance(length := lengths.get("max_seq_length"), int):
+    length = (_read_json(name, "sentence_bert_config.json") or {}).get("max_seq_length")
+    if length is None:  # sentence-transformers 6 keeps it in the tokenizer's config only.
+        length = (_read_json(name, "tokenizer_config.json") or {}).get("model_max_length")
+    if isinstance(length, int) and length < 10**6:  # transformers writes 1e30 for "no limit".
         settings |= {"query_max_tokens": length, "document_max_tokens": length}
     prompts = (_read_json(name, "config_sentence_transformers.json") or {}).get("prompts") or {}
     for side in ("query", "document"):

@@ -3,13 +3,17 @@
 Shapes: n rows of this rank (they may differ between ranks), N rows of all ranks, d width.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from largebatch.errors import UserError
 from largebatch.world import World
+
+Result = TypeVar("Result")
 
 # torch 2.13 renamed both; 2.10 has the old names only.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -85,6 +89,32 @@ class Collectives:
         highest = values.clone()
         dist.all_reduce(highest, dist.ReduceOp.MAX)
         return highest
+
+    def broadcast_(self, values: Tensor) -> None:
+        """Overwrite the values by rank 0's."""
+        if self.world.size > 1:
+            dist.broadcast(values, src=0)
+
+    def on_main(self, action: Callable[[], Result]) -> Result:
+        """Run `action` on rank 0 and return its small result on every rank.
+
+        Raises:
+            UserError: On every rank, if the action raised it on rank 0: all ranks fail together.
+        """
+        outcome: list[tuple[Result | None, str | None]] = [(None, None)]
+        if self.world.is_main:
+            try:
+                outcome = [(action(), None)]
+            except UserError as error:
+                if self.world.size == 1:
+                    raise
+                outcome = [(None, str(error))]
+        if self.world.size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        result, message = outcome[0]
+        if message is not None:
+            raise UserError(message)
+        return cast(Result, result)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -6,13 +6,45 @@ of all gradients, after the last chunk, is right for all of them.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from largebatch.parallel.collectives import Collectives
+
+
+class ReplicatedModel:
+    """The strategy `ddp`.
+
+    Args:
+        modules: Encoder and loss; their parameters are trained together.
+        collectives: How ranks reach each other.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], collectives: Collectives) -> None:
+        self.modules = modules
+        self.collectives = collectives
+        self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+
+    def start_equal(self) -> None:
+        """Give all ranks rank 0's weights and buffers."""
+        for module in self.modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self.collectives.broadcast_(tensor.data)
+
+    def gradient_pass(self) -> AbstractContextManager[None]:
+        """Run a step's backward passes inside; leaving averages their gradients, once."""
+        return one_reduction(self.parameters, self.collectives)
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale the gradients down to `max_norm` (0: leave them) and return their norm before."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if max_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+        return norm
 
 
 @contextmanager

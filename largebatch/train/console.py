@@ -45,7 +45,7 @@ def _percent(value: float) -> str:
 
 
 def _significant(value: float) -> str:
-    return f"{value:#.3g}"
+    return f"{value:#.3g}".rstrip(".")
 
 
 def _large(value: float) -> str:
@@ -87,11 +87,11 @@ _COLUMNS = (
     _Column("acc", "train/accuracy", 6, _percent),
     _Column("temp", "train/temperature", 6, "{:.4f}".format),
     _Column("lr", "train/lr", 8, "{:.2e}".format),
-    _Column("grad", "train/grad_norm", 7, _significant),
+    _Column("grad", "train/grad_norm", 8, _significant),
     _Column("pairs/s", "train/pairs_per_s", 7, _large),
     _Column("tokens/s", "train/tokens_per_s", 8, _large),
     _Column("padding", "train/padding_share", 7, _percent),
-    _Column("GiB", "train/memory_gib", 5, "{:.2f}".format),
+    _Column("GiB", "train/memory_gib", 6, "{:.2f}".format),
     _Column("wait", "train/data_wait_share", 6, _percent),
     _Column("left", "train/eta_s", 8, _duration),
 )

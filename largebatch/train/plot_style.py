@@ -13,6 +13,7 @@ Floats = npt.NDArray[np.float64]
 
 BLUE, ORANGE, GREEN, PURPLE, RED = "#2f6db5", "#d0691f", "#2f8f5b", "#7b5ea7", "#c0504d"
 _INK, _GRAY, _PALE = "#222222", "#6f6f6f", "#a0a0a0"
+_TICKS = [1, 2, 5, 10]
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": _PALE,
@@ -60,7 +61,7 @@ class Label(NamedTuple):
 
 
 def smooth(series: Series) -> Series:
-    """Return a local linear fit under a Gaussian as wide as 1/60 of the run, at most 500 points.
+    """Return a local linear fit under a Gaussian as wide as 1/40 of the run, at most 500 points.
 
     A plain moving average would start and end beside a curve that is steep there.
     """
@@ -70,7 +71,7 @@ def smooth(series: Series) -> Series:
     sizes = np.bincount(groups)
     steps, values = np.bincount(groups, steps) / sizes, np.bincount(groups, values) / sizes
     offsets = np.subtract.outer(np.arange(len(steps)), np.arange(len(steps))).astype(float)
-    weights = np.exp(-0.5 * (offsets / max(1.0, len(steps) / 60)) ** 2)
+    weights = np.exp(-0.5 * (offsets / max(1.0, len(steps) / 40)) ** 2)
     s0, s1, s2 = (np.sum(weights * offsets**power, axis=1) for power in (0, 1, 2))
     t0, t1 = (np.sum(weights * offsets**power * values, axis=1) for power in (0, 1))
     return Series(steps, (s2 * t0 - s1 * t1) / (s0 * s2 - s1**2))
@@ -130,13 +131,14 @@ def short_number(value: float, _position: float = 0) -> str:
     return f"{value:.4g}"
 
 
-def style_step_axis(ax: "Axes", low: float, high: float) -> None:
-    """Let x run over the optimizer steps `low` to `high`."""
+def style_axes(ax: "Axes", low: float, high: float) -> None:
+    """Let x run over the optimizer steps `low` to `high`, and y have few ticks."""
     from matplotlib.ticker import MaxNLocator
 
     margin = 0.02 * (high - low) or 1
     ax.set_xlim(low - margin, high + margin)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=_TICKS))
+    ax.yaxis.set_major_locator(MaxNLocator(7, steps=_TICKS))
     ax.xaxis.set_major_formatter(short_number)
     ax.set_xlabel("optimizer step")
 
@@ -155,7 +157,7 @@ def add_pairs_axis(ax: "Axes", seen: Series) -> None:
         return (pairs - start) / slope
 
     above = ax.secondary_xaxis("top", functions=(pairs_of, step_of))
-    above.xaxis.set_major_locator(MaxNLocator(6))
+    above.xaxis.set_major_locator(MaxNLocator(7, steps=_TICKS))
     above.xaxis.set_major_formatter(short_number)
     above.set_xlabel("pairs seen", color=_GRAY, fontsize=9)
     above.tick_params(color=_PALE, labelcolor=_GRAY, labelsize=8.5, length=2.5)

@@ -23,7 +23,7 @@ from largebatch.train.plot_style import (
     draw_noisy_curve,
     draw_points,
     short_number,
-    style_step_axis,
+    style_axes,
     write_labels,
 )
 
@@ -95,16 +95,17 @@ def _figure(
 ) -> "Figure":
     """Paint plots of the same run side by side, or below each other, over the same steps."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     num_columns = min(num_columns, len(painters))
     num_rows = -(-len(painters) // num_columns)
     size = (width * num_columns, height * num_rows + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, x=0.02, ha="left")
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    figure.suptitle(title, x=0.12 / size[0], ha="left")
     steps = np.concatenate([series.steps for series in run.values()])
     for place, painter in enumerate(painters):
         ax = figure.add_subplot(num_rows, num_columns, place + 1)
-        style_step_axis(ax, steps.min(), steps.max())
+        style_axes(ax, steps.min(), steps.max())
         painter(ax, run)
         seen = run.get("train/pairs_seen")
         if num_columns == 1 and place == 0 and seen is not None and len(seen.steps) > 1:
@@ -216,7 +217,7 @@ def _start_at_zero(ax: "Axes", *, smallest_top: float = 0.0) -> None:
 def _show_percent(ax: "Axes") -> None:
     from matplotlib.ticker import PercentFormatter
 
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
 _SINGLE: dict[str, tuple[Painter, str]] = {

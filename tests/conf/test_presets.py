@@ -14,6 +14,7 @@ from largebatch.commands.compose import build, compose, resolve
 from largebatch.commands.overrides import expand_preset
 from largebatch.commands.presets import conf_folder, open_presets
 from largebatch.commands.table import COMMANDS
+from largebatch.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 CONF = conf_folder()
@@ -30,8 +31,8 @@ choices = sorted(
 
 @pytest.mark.parametrize("name", experiments)
 def test_experiment_is_as_golden(name):
-    with open_presets():
-        text = OmegaConf.to_yaml(resolve(compose(TRAIN, expand_preset(TRAIN, [name]))))
+    with open_presets(TRAIN) as presets:
+        text = OmegaConf.to_yaml(resolve(compose(presets, expand_preset(presets, [name]))))
     golden = GOLDEN / f"{name}.yaml"
     if os.environ.get("LARGEBATCH_WRITE_GOLDEN"):
         golden.write_text(text)
@@ -45,8 +46,8 @@ def test_every_golden_file_has_its_experiment():
 @pytest.mark.parametrize("name", experiments)
 def test_experiment_passes_its_checks(name):
     needed = ["backbone.path=folder"] if "pretrained" in name else []
-    with open_presets():
-        config = build(compose(TRAIN, [f"experiment={name}", *needed]))
+    with open_presets(TRAIN) as presets:
+        config = build(compose(presets, [f"experiment={name}", *needed]))
     assert config.output_dir == f"runs/{name}"
 
 
@@ -61,8 +62,8 @@ def test_experiment_file_opens_with_command_hardware_and_result(name):
 def test_every_choice_composes_and_passes_its_checks(group, choice):
     needed = ["backbone.path=folder"] if (group, choice) == ("backbone", "pretrained") else []
     needed += [] if (group, choice) == ("data", "code") else [SOURCE]
-    with open_presets():
-        build(compose(TRAIN, [f"{group}={choice}", *needed]))
+    with open_presets(TRAIN) as presets:
+        build(compose(presets, [f"{group}={choice}", *needed]))
 
 
 @pytest.mark.parametrize(("group", "choice"), choices)
@@ -75,11 +76,11 @@ def test_every_choice_says_what_it_is(group, choice):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_composes(name):
-    with open_presets():
-        config = compose(COMMANDS[name], [])
+    with open_presets(COMMANDS[name]) as presets:
+        config = compose(presets, [])
     assert OmegaConf.get_type(config) is COMMANDS[name].config_class
 
 
 def test_a_pretrained_backbone_needs_its_path():
-    with open_presets(), pytest.raises(ValueError, match=r"backbone\.path"):
-        build(compose(TRAIN, ["experiment=quickstart_pretrained"]))
+    with open_presets(TRAIN) as presets, pytest.raises(UserError, match=r"backbone\.path"):
+        build(compose(presets, ["experiment=quickstart_pretrained"]))

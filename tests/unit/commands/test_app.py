@@ -11,7 +11,7 @@ import pytest
 
 from largebatch.commands import app, failures
 from largebatch.commands.failures import RanksFailed
-from largebatch.config import ExportConfig, TrainConfig
+from largebatch.config import IndexConfig, TrainConfig
 from largebatch.errors import UserError
 
 SOURCE = "data.sources.mine.urls=[shards/]"
@@ -155,7 +155,13 @@ def test_presets_of_the_users_own_are_found_and_checked(capsys, trained, tmp_pat
     assert app.main(["train", "mine", "--config-dir", str(tmp_path / "own")]) == 0
     assert trained[0].name == "mine"
     preset.write_text("# @package _global_\noptim: {lrr: 3}\n")
-    assert "lrr" in error_of(capsys, "train", "mine", "-cd", "own")
+    line = error_of(capsys, "train", "mine", "-cd", "own")
+    assert line.startswith(
+        "In 'experiment/mine': optim.lrr is not an option; did you mean optim.lr"
+    )
+    preset.write_text("# @package _global_\noptim: {lr: fast}\n")
+    line = error_of(capsys, "train", "mine", "-cd", "own")
+    assert line.startswith("In 'experiment/mine': optim.lr: Value 'fast'")
     preset.write_text("# @package _global_\nbackbone: {config: {_target_: os.system}}\n")
     assert "_target_ is refused" in error_of(capsys, "train", "mine", "-cd", "own")
 
@@ -190,7 +196,7 @@ def test_no_job_of_a_sweep_starts_if_one_is_wrong(capsys, trained):
 
 
 def test_ranks_get_a_command_line_that_composes_to_the_same_job(trained, launched):
-    swept = ["train", "quickstart", "-m", "name=it's a\\,b", "text.query_prompt='a: ','b=c'"]
+    swept = ["train", "quickstart", "-m", "name='it\\'s a,b'", "text.query_prompt='a: ','b=c'"]
     assert app.main(swept) == 0
     assert len(launched) == 2
     assert trained == []
@@ -210,10 +216,10 @@ def test_a_rank_runs_in_place(trained, launched, monkeypatch):
 
 
 def test_another_command_runs_with_its_own_config(monkeypatch):
-    configs: list[ExportConfig] = []
-    monkeypatch.setattr("largebatch.commands.export.run", configs.append, raising=False)
-    assert app.main(["export", "run=runs/x"]) == 0
-    assert configs == [ExportConfig(run="runs/x")]
+    configs: list[IndexConfig] = []
+    monkeypatch.setattr("largebatch.commands.index.run", configs.append)
+    assert app.main(["index", "shards=[a.tar]"]) == 0
+    assert configs == [IndexConfig(shards=["a.tar"])]
 
 
 @pytest.mark.parametrize(

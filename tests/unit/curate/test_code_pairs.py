@@ -20,7 +20,7 @@ from largebatch.errors import UserError
 def extract(tmp_path: Path, code: str) -> Extraction:
     path = tmp_path / "mod.py"
     path.write_text(dedent(code), encoding="utf-8")
-    return extract_file(SourceFile(path, "pkg.mod", "pkg"))
+    return extract_file(SourceFile(path, "pkg.mod", "pkg", 0))
 
 
 def only_pair(tmp_path: Path, code: str) -> CodePair:
@@ -160,16 +160,16 @@ def test_function_without_docstring_is_not_counted(tmp_path):
 def test_file_that_python_cannot_read_is_counted(tmp_path, content):
     path = tmp_path / "broken.py"
     path.write_bytes(content)
-    assert extract_file(SourceFile(path, "broken", "broken")).dropped == {"unreadable_file": 1}
+    assert extract_file(SourceFile(path, "broken", "broken", 0)).dropped == {"unreadable_file": 1}
     path.unlink()
-    assert extract_file(SourceFile(path, "broken", "broken")).dropped == {"unreadable_file": 1}
+    assert extract_file(SourceFile(path, "broken", "broken", 0)).dropped == {"unreadable_file": 1}
 
 
 def test_declared_encodings_and_line_ends_are_understood(tmp_path):
     code = '# coding: latin-1\ndef f():\n    """Say it in é words."""\n    x = "é"\n    return x\n'
     path = tmp_path / "old.py"
     path.write_bytes(code.replace("\n", "\r\n").encode("latin-1"))
-    (pair,) = extract_file(SourceFile(path, "old", "old")).pairs
+    (pair,) = extract_file(SourceFile(path, "old", "old", 0)).pairs
     assert pair.query == "Say it in é words."
     assert pair.document == 'def f():\n    x = "é"\n    return x'
 
@@ -190,6 +190,9 @@ def test_warnings_of_the_parsed_code_stay_silent(tmp_path):
         ("x (`int`, *optional*): A number.", ""),
         ("Prose (with brackets) goes on.", "Prose (with brackets) goes on."),
         ("f(x, y) -> int\n\nReturn it.", "Return it."),
+        ("a.f(x=(1, 2)) -> (int, str)\nReturn it.", "Return it."),
+        ("f(x, y)", ""),
+        ("f(x) is called twice.", "f(x) is called twice."),
         ("Call :py:meth:`~a.b.run` and :func:`go`.", "Call run and go."),
         ("", ""),
     ],
@@ -212,6 +215,7 @@ def test_source_files_are_named_and_tests_left_out(tmp_path):
         "a/test_x.py",
         "conftest.py",
         "a/notes.txt",
+        "folder.py/notes.txt",
         ".hidden/x.py",
         "site-packages/other.py",
     ]
@@ -245,7 +249,8 @@ def test_number_of_workers_changes_nothing(tmp_path):
     one = extract_all(files, workers=1, advance=read.append)
     two = extract_all(files, workers=2, advance=lambda _: None)
     assert one == two
-    assert sum(read) == len(files) == 71
+    assert len(files) == 71
+    assert sum(read) == sum(file.path.stat().st_size for file in files)
     assert one.dropped == {"unreadable_file": 1}
     assert len(one.pairs) == len({pair.id for pair in one.pairs}) == 71
     assert "m5.f#2" in {pair.id for pair in one.pairs}

@@ -1,0 +1,147 @@
+"""Numbers of a run between two entries of its log."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from largebatch.batch import RankBatch
+from largebatch.config import TrainConfig
+from largebatch.data.schedule import Schedule
+from largebatch.errors import UserError
+from largebatch.losses.infonce import ContrastiveLoss
+from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.ddp import ReplicatedModel
+from largebatch.train.memory import peak_memory_gib
+from largebatch.train.step import StepResult
+
+
+class StepMeter:
+    """Collects what steps report, without waiting for the device until `read`.
+
+    Args:
+        device: Of this rank.
+        collectives: How ranks add up their counts.
+        config: Of the run.
+        elapsed_before_s: Seconds that earlier processes of this run trained.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        collectives: Collectives,
+        config: TrainConfig,
+        elapsed_before_s: float,
+    ) -> None:
+        self._device = device
+        self._collectives = collectives
+        self._config = config
+        self._clock_s = time.perf_counter() - elapsed_before_s
+        self._start()
+
+    def _start(self) -> None:
+        self._results: list[StepResult] = []
+        self._num_truncated = 0
+        self._num_texts = 0
+        self._waited_s = 0.0
+        self._since_s = time.perf_counter()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training, without evaluation and checkpoints, earlier processes included."""
+        return time.perf_counter() - self._clock_s
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time inside as waiting."""
+        start = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out of all figures."""
+        start = time.perf_counter()
+        yield
+        pause_s = time.perf_counter() - start
+        self._clock_s += pause_s
+        self._since_s += pause_s
+
+    def add(self, batch: RankBatch, result: StepResult) -> None:
+        """Note a step."""
+        self._results.append(result)
+        self._num_truncated += batch.num_truncated
+        self._num_texts += sum(
+            side.num_texts for side in (batch.queries, batch.documents, batch.negatives)
+        )
+
+    def read(
+        self, step: int, schedule: Schedule, strategy: ReplicatedModel, loss: ContrastiveLoss
+    ) -> dict[str, float]:
+        """Return the means since the last call, over all ranks; all ranks must call it.
+
+        Raises:
+            UserError: Loss or gradient are not finite; names the step and the ranks.
+        """
+        reports = [result.report for result in self._results]
+        losses = torch.stack([report.loss for report in reports]).double()
+        norms = torch.stack([result.grad_norm for result in self._results]).double()
+        finite = torch.stack([report.embeddings_finite for report in reports])
+        # All of these wait for the device.
+        self._check_finite(step, losses.tolist(), norms.tolist(), bool(finite.all()))
+        accuracy = torch.stack([report.accuracy for report in reports]).double().mean().item()
+        duration_s = time.perf_counter() - self._since_s
+        counts = [
+            sum(report.num_tokens for report in reports),
+            sum(report.num_padded_tokens for report in reports),
+            self._num_truncated,
+            self._num_texts,
+        ]
+        tokens, padded, truncated, texts = self._collectives.sum(
+            torch.tensor(counts, dtype=torch.float64, device=self._device)
+        ).tolist()
+        waited_s, memory_gib = self._collectives.max(
+            torch.tensor(
+                [self._waited_s, peak_memory_gib(self._device)],
+                dtype=torch.float64,
+                device=self._device,
+            )
+        ).tolist()
+        num_steps = len(reports)
+        weights = [p.detach() for p in strategy.parameters]
+        values = {
+            "train/loss": losses.mean().item(),
+            "train/accuracy": accuracy,
+            "train/temperature": loss.temperature.value,
+            "train/lr": self._results[-1].learning_rate,
+            "train/grad_norm": norms.mean().item(),
+            "train/param_norm": torch.nn.utils.get_total_norm(weights).item(),
+            "train/pairs_per_s": num_steps * self._config.global_batch / duration_s,
+            "train/tokens_per_s": tokens / duration_s,
+            "train/padding_share": 1 - tokens / padded,
+            "train/truncated_share": truncated / texts,
+            "train/data_wait_share": waited_s / duration_s,
+            "train/memory_gib": memory_gib,
+            "train/epoch": step / schedule.steps_per_epoch,
+            "train/pairs_seen": float(step * self._config.global_batch),
+            "train/eta_s": (self._config.max_steps - step) * duration_s / num_steps,
+            "train/elapsed_s": self.elapsed_s,
+        }
+        self._start()
+        return values
+
+    def _check_finite(
+        self, step: int, losses: list[float], norms: list[float], embeddings_finite: bool
+    ) -> None:
+        values = torch.tensor([losses, norms])
+        if bool(values.isfinite().all()):
+            return
+        flags = self._collectives.gather_objects(embeddings_finite)
+        ranks = [rank for rank, finite in enumerate(flags) if not finite]
+        first = step - len(losses) + 1 + int((~values.isfinite()).any(0).int().argmax())
+        where = f"embeddings of ranks {ranks} are not finite" if ranks else "embeddings are finite"
+        raise UserError(
+            f"step {first}: loss or gradient is not finite ({where}); the last checkpoint is from "
+            "before it: lower optim.lr, or use hardware.precision=float32"
+        )

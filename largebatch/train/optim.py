@@ -1,0 +1,60 @@
+"""AdamW with decay groups, and the learning rate as a function of the step."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from largebatch.config import OptimConfig, ScheduleConfig
+
+
+def make_optimizer(modules: Iterable[nn.Module], config: OptimConfig) -> torch.optim.AdamW:
+    """Return AdamW (arXiv 1711.05101) over the trained parameters of modules.
+
+    Matrices and embeddings decay; biases, norms and scalars such as the temperature don't.
+    """
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, config: ScheduleConfig, *, highest: float, max_steps: int) -> float:
+    """Return the learning rate of a step, from 0 to `max_steps - 1`.
+
+    Warm-up rises linearly, its last step at the highest rate. Then the rate falls to
+    `final_fraction` of the highest, which it reaches after the last step: along half a cosine,
+    along a line, or not at all; wsd (arXiv 2404.06395) stays at the highest rate until the last
+    `decay_fraction` of the run, and falls along a line.
+    """
+    if step < config.warmup_steps:
+        return highest * (step + 1) / config.warmup_steps
+    done = (step + 1 - config.warmup_steps) / max(max_steps - config.warmup_steps, 1)
+    match config.name:
+        case "constant":
+            left = 1.0
+        case "linear":
+            left = 1 - done
+        case "cosine":
+            left = (1 + math.cos(math.pi * done)) / 2
+        case "wsd":
+            decay_steps = max(config.decay_fraction * max_steps, 1)
+            left = min(1.0, (max_steps - step - 1) / decay_steps)
+        case _:
+            raise AssertionError(config.name)
+    return highest * (config.final_fraction + (1 - config.final_fraction) * max(left, 0.0))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group of an optimizer a learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

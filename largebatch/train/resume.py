@@ -1,0 +1,55 @@
+"""Whether a run may go on from what its folder holds."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from largebatch.errors import UserError
+
+MAY_CHANGE = (
+    "checkpoint",
+    "data.max_chars",
+    "data.prefetch",
+    "data.workers",
+    "debug",
+    "eval",
+    "hardware",
+    "keep",
+    "logger",
+    "max_steps",
+    "name",
+    "output_dir",
+    "strategy",
+    "tokens_per_chunk",
+)
+"""Options that say how to run and how long, not what is trained on or how."""
+
+
+def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, folder: str) -> None:
+    """Check that a config continues the run whose config was saved.
+
+    Raises:
+        UserError: An option that decides what is trained differs; each is shown.
+    """
+    old, new = dict(_flatten(saved)), dict(_flatten(now))
+    differences = [
+        f"{key}: {old.get(key, 'unset')!r} -> {new.get(key, 'unset')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, "unset") != new.get(key, "unset") and not _may_change(key)
+    ]
+    if differences:
+        raise UserError(
+            f"{folder} holds a run with another config ({'; '.join(differences)}); set these back "
+            "to resume it, or choose another output_dir"
+        )
+
+
+def _may_change(key: str) -> bool:
+    return any(key == option or key.startswith(f"{option}.") for option in MAY_CHANGE)
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

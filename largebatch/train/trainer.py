@@ -1,0 +1,372 @@
+"""The training run: build the parts, resume, loop, and leave a scored, loadable model behind."""
+
+import json
+import os
+import shutil
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from filelock import FileLock, Timeout
+
+from largebatch.config import TrainConfig
+from largebatch.data.stream import Stream
+from largebatch.errors import UserError
+from largebatch.gradcache import GradCache
+from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.ddp import ReplicatedModel
+from largebatch.parallel.process_group import (
+    choose_device,
+    process_group,
+    world_from_environment,
+)
+from largebatch.train.build import build_encoder, build_loss, build_schedule, build_source
+from largebatch.train.checkpoint import (
+    Best,
+    TrainState,
+    list_checkpoints,
+    load_best,
+    load_optimizer,
+    load_random_state,
+    load_weights,
+    read_details,
+    read_random_state,
+    remove_old,
+    save_best,
+    save_checkpoint,
+)
+from largebatch.train.evaluation import Evaluation, load_sets
+from largebatch.train.loggers import RunLog
+from largebatch.train.metrics import StepMeter
+from largebatch.train.optim import make_optimizer
+from largebatch.train.plots import draw_plots
+from largebatch.train.report import print_lines, print_result
+from largebatch.train.resume import check_same_run
+from largebatch.train.step import train_step
+
+
+def train(config: TrainConfig) -> None:
+    """Train, evaluate and export by a config; every rank calls it.
+
+    The run folder says how far an earlier process came; this one goes on from there, and after the
+    last step only repeats the result.
+
+    Raises:
+        UserError: Something that the user can mend is wrong, on all ranks or on this one.
+    """
+    world = world_from_environment()
+    device = choose_device(config.hardware.device, world)
+    torch.set_num_threads(_threads(config, world.size))
+    with process_group(world, device, timeout_s=config.strategy.timeout_s), ExitStack() as stack:
+        collectives = Collectives()
+        folder = Path(config.output_dir)
+        collectives.on_main(lambda: _open_folder(folder, stack))
+        _Run(config, folder, device, collectives).start(stack)
+
+
+class _Run:
+    """The parts of a run, on one rank."""
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, device: torch.device, collectives: Collectives
+    ) -> None:
+        # 1. What was trained already.
+        self.config = config
+        self.folder = folder
+        self.device = device
+        self.collectives = collectives
+        self.world = collectives.world
+        self.settings = asdict(config)
+        self.checkpoints = folder / "checkpoints"
+        self.first_step, self.elapsed_before_s = collectives.on_main(self._find_progress)
+
+        # 2. Data. Sets and shards are looked at before anything expensive.
+        self.source = build_source(config)
+        self.schedule = build_schedule(config, self.source)
+        self.dev_sets = load_sets(config.eval.dev, option="eval.dev")
+        self.test_sets = load_sets(config.eval.test, option="eval.test")
+
+        # 3. Model. The same seed on all ranks for the weights, another on each for dropout.
+        torch.manual_seed(config.seed)
+        encoder = build_encoder(
+            config,
+            folder / "backbone",
+            self.source,
+            collectives,
+            resumes=self.first_step > 0,
+        )
+        self.encoder = encoder.to(device).train()
+        if config.hardware.precision == "bf16":
+            encoder.autocast_dtype = torch.bfloat16
+        self.loss = build_loss(config).to(device)
+        self.strategy = ReplicatedModel([self.encoder, self.loss], collectives)
+        self.state = TrainState(
+            self.encoder, self.loss, make_optimizer([self.encoder, self.loss], config.optim)
+        )
+        self.best: Best | None = None
+        self.restore()
+
+        # 4. The step.
+        self.grad_cache = GradCache(
+            self.encoder,
+            self.loss,
+            tokens_per_chunk=config.tokens_per_chunk,
+            keep=config.keep,
+            gradient_pass=self.strategy.gradient_pass,
+        )
+        self.stream = Stream(
+            self.source,
+            self.schedule,
+            tokenizer=self.encoder.tokenizer,
+            text=self.encoder.text,
+            world=self.world,
+            workers=config.data.workers,
+            prefetch=config.data.prefetch,
+            max_chars=config.data.max_chars,
+        )
+        self.evaluation = Evaluation(self.encoder, collectives, config.eval.batch_tokens)
+
+    def restore(self) -> None:
+        """Load the last checkpoint, or begin."""
+        if self.first_step == 0:
+            self.strategy.start_equal()
+            torch.manual_seed(_dropout_seed(self.config.seed, self.world.rank, 0))
+            return
+        load_weights(self.checkpoints, self.first_step, self.state)
+        load_optimizer(self.checkpoints, self.first_step, self.state)
+        details = read_details(self.checkpoints, self.first_step)
+        if details["world_size"] == self.world.size:
+            load_random_state(
+                self.checkpoints, self.first_step, rank=self.world.rank, device=self.device
+            )
+        else:
+            torch.manual_seed(_dropout_seed(self.config.seed, self.world.rank, self.first_step))
+        self.best = load_best(self.checkpoints)
+
+    def start(self, stack: ExitStack) -> None:
+        """Train from where the run stands to its last step, then score and export the model."""
+        self.run_log: RunLog | None = None
+        done = self.first_step >= self.config.max_steps
+        if self.world.is_main and not done:
+            print_lines(self._plan())
+            self.run_log = stack.enter_context(
+                RunLog(
+                    self.folder,
+                    config=self.config.logger,
+                    run_name=self.config.name,
+                    settings=self.settings,
+                    first_step=self.first_step + 1 if self.first_step else 0,
+                    max_steps=self.config.max_steps,
+                )
+            )
+        if done:
+            self.collectives.on_main(
+                lambda: print_lines([f"{self.folder} has all its {self.config.max_steps} steps"])
+            )
+        else:
+            self.loop()
+        self.finish()
+
+    def loop(self) -> None:
+        """Take the steps."""
+        config = self.config
+        if self.first_step == 0 and config.eval.before:
+            self._log(0, self._score({**self.dev_sets, **self.test_sets}))
+            self._log(0, self._bm25())
+        eval_every = config.eval.every_steps or max(config.max_steps // 5, 1)
+        save_every = config.checkpoint.every_steps or max(config.max_steps // 10, 1)
+        meter = StepMeter(self.device, self.collectives, config, self.elapsed_before_s)
+        batches = self.stream.batches(self.first_step, config.max_steps)
+        for step in range(self.first_step + 1, config.max_steps + 1):
+            with meter.waiting_for_data():
+                batch = next(batches)
+            result = train_step(
+                batch,
+                grad_cache=self.grad_cache,
+                strategy=self.strategy,
+                optimizer=self.state.optimizer,
+                config=config,
+            )
+            meter.add(batch, result)
+            last = step == config.max_steps
+            evaluates = bool(self.dev_sets) and (step % eval_every == 0 or last)
+            saves = step % save_every == 0 or last
+            if step % config.logger.every_steps == 0 or evaluates or saves:
+                # The one place where this process waits for the device. Also before each
+                # checkpoint, so that none ever holds weights that are not finite.
+                self._log(step, meter.read(step, self.schedule, self.strategy, self.loss))
+            improved = False
+            if evaluates:
+                with meter.paused():
+                    improved = self._evaluate(step)
+            if saves or (improved and config.checkpoint.keep_best):
+                with meter.paused():
+                    self._save(step, meter.elapsed_s, improved=improved)
+
+    def finish(self) -> None:
+        """Score the best weights on the test sets, export them, draw the plots."""
+        result_file = self.folder / "evaluation.json"
+        if (
+            result_file.is_file()
+            and (self.folder / "model").is_dir()
+            and self._is_final(result_file)
+        ):
+            self.collectives.on_main(lambda: print_result(result_file, self.folder))
+            return
+        step = self.config.max_steps
+        if self.config.checkpoint.keep_best and self.best is not None:
+            step = self.best.step
+        if step != self.config.max_steps:
+            load_weights(self.checkpoints, step, self.state)
+        scores = self._score({**self.dev_sets, **self.test_sets})
+        if self.run_log is not None and self.test_sets:
+            self._log(
+                self.config.max_steps,
+                {k: v for k, v in scores.items() if k.split("/")[1] in self.test_sets},
+            )
+        self.collectives.on_main(lambda: self._write_results(result_file, step, scores))
+
+    def _write_results(self, result_file: Path, step: int, scores: dict[str, float]) -> None:
+        result = {
+            "max_steps": self.config.max_steps,
+            "step": step,
+            "before": _at_step_0(self.folder / "metrics.jsonl"),
+            "trained": scores,
+        }
+        aside = self.folder / "model.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        self.encoder.save_pretrained(aside)
+        shutil.rmtree(self.folder / "model", ignore_errors=True)
+        aside.rename(self.folder / "model")
+        result_file.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        if self.config.logger.plots:
+            draw_plots(self.folder)
+        print_result(result_file, self.folder)
+
+    def _is_final(self, result_file: Path) -> bool:
+        result = json.loads(result_file.read_text(encoding="utf-8"))
+        return bool(result.get("max_steps") == self.config.max_steps)
+
+    def _find_progress(self) -> tuple[int, float]:
+        """Return the steps taken and the seconds spent so far; writes config.yaml."""
+        steps = list_checkpoints(self.checkpoints)
+        elapsed_s = 0.0
+        if steps:
+            details = read_details(self.checkpoints, steps[-1])
+            check_same_run(details["config"], self.settings, folder=str(self.folder))
+            if steps[-1] > self.config.max_steps:
+                raise UserError(
+                    f"{self.folder} was trained for {steps[-1]} steps, more than max_steps="
+                    f"{self.config.max_steps}; choose another output_dir"
+                )
+            elapsed_s = float(details["elapsed_s"])
+        (self.folder / "config.yaml").write_text(
+            yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+        return (steps[-1] if steps else 0), elapsed_s
+
+    def _evaluate(self, step: int) -> bool:
+        """Score the dev sets; return whether the first one's nDCG@10 is the best so far."""
+        scores = self._score(self.dev_sets)
+        self._log(step, scores)
+        score = scores[f"eval/{next(iter(self.dev_sets))}/ndcg@10"]
+        if self.best is not None and score <= self.best.score:
+            return False
+        self.best = Best(step, score)
+        return True
+
+    def _score(self, sets: dict[str, Any]) -> dict[str, float]:
+        return {
+            f"eval/{name}/{metric}": value
+            for name, retrieval_set in sets.items()
+            for metric, value in self.evaluation.score(retrieval_set).items()
+        }
+
+    def _bm25(self) -> dict[str, float]:
+        if not (self.config.eval.bm25 and self.world.is_main):
+            return {}
+        from largebatch.evaluate.bm25 import evaluate_bm25
+
+        return {
+            f"eval/{name}/bm25/{metric}": value
+            for name, retrieval_set in self.test_sets.items()
+            for metric, value in evaluate_bm25(retrieval_set).items()
+        }
+
+    def _save(self, step: int, elapsed_s: float, *, improved: bool) -> None:
+        random_states = self.collectives.gather_objects(read_random_state(self.device))
+
+        def write() -> None:
+            save_checkpoint(
+                self.checkpoints,
+                step,
+                self.state,
+                random_states=random_states,
+                details={"config": self.settings, "elapsed_s": elapsed_s},
+            )
+            if improved and self.best is not None:
+                save_best(self.checkpoints, self.best)
+            remove_old(self.checkpoints, keep_last=self.config.checkpoint.keep_last, best=self.best)
+
+        self.collectives.on_main(write)
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        if self.run_log is not None and values:
+            self.run_log.log(step, values)
+
+    def _plan(self) -> list[str]:
+        """Tell what was derived from the config."""
+        config, schedule = self.config, self.schedule
+        millions = sum(p.numel() for p in self.strategy.parameters) / 1e6
+        ranks = "1 rank" if self.world.size == 1 else f"{self.world.size} ranks"
+        return [
+            f"{config.name}: {millions:.1f}M parameters, steps {self.first_step + 1} to "
+            f"{config.max_steps}, {ranks} on {self.device.type}, {torch.get_num_threads()} threads "
+            "each",
+            f"data: {schedule.num_records:,} records, global batch {config.global_batch:,}, "
+            f"{schedule.steps_per_epoch:,} steps an epoch (which leaves out "
+            f"{schedule.records_left_out:,} records), "
+            f"{config.max_steps / schedule.steps_per_epoch:.1f} epochs",
+        ]
+
+
+def _open_folder(folder: Path, stack: ExitStack) -> None:
+    """Make the run folder and lock it until the run ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir={str(folder)!r} can't be made: {error}") from error
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"output_dir={str(folder)!r} is in use by another run; wait for it, or choose another"
+        ) from None
+    stack.callback(lock.release)
+
+
+def _threads(config: TrainConfig, world_size: int) -> int:
+    if config.hardware.threads:
+        return config.hardware.threads
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+
+
+def _dropout_seed(seed: int, rank: int, step: int) -> int:
+    """Return a seed that differs for every rank, and from that of the weights."""
+    return int(np.random.SeedSequence([seed, rank + 1, step]).generate_state(1, np.uint32)[0])
+
+
+def _at_step_0(metrics_file: Path) -> dict[str, float]:
+    values: dict[str, float] = {}
+    if metrics_file.is_file():
+        for line in metrics_file.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if entry["step"] == 0:
+                values |= {name: value for name, value in entry.items() if name != "step"}
+    return values

@@ -1,0 +1,158 @@
+import datetime
+import decimal
+import gc
+import json
+import warnings
+
+import pyarrow as pa
+import pytest
+import webdataset as wds
+from pyarrow import parquet
+
+from largebatch.config import ShardConfig
+from largebatch.curate.convert import convert
+from largebatch.curate.rows import find_inputs
+from largebatch.data.records import Record
+from largebatch.data.shards import ShardIndex, read_segment, resolve_source
+from largebatch.errors import UserError
+
+
+def run(path, folder, *, on_row=lambda: None, **options):
+    config = ShardConfig(input=[str(path)], output_dir=str(folder), **options)
+    return convert(config, find_inputs(config.input), on_bytes=lambda _: None, on_row=on_row)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def contents(folder):
+    urls = [url for url, _ in resolve_source([str(folder)])]
+    stages = (wds.SimpleShardList(urls), wds.tarfile_to_samples(), wds.decode())
+    # webdataset leaves the closing of its files to the garbage collector, which warns.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        rows = [sample["json"] for sample in wds.DataPipeline(*stages)]
+        gc.collect()
+    return rows
+
+
+def records(folder):
+    return [
+        record
+        for url, shard in resolve_source([str(folder)])
+        for segment in shard.segments
+        for record in read_segment(url, segment, fields={}, source="")
+    ]
+
+
+def test_rows_become_records_with_their_further_fields(tmp_path):
+    rows = [
+        {"key": 5, "q": "q1", "pos": ["d1", "other"], "bad": ["n"], "score": 0.5, "source": "own"},
+        {"key": 6, "q": "q2", "pos": ["d2"], "bad": [], "score": None, "source": None},
+    ]
+    fields = {"query": "q", "document": "pos", "negatives": "bad", "id": "key"}
+    counts = run(write(tmp_path / "my.jsonl.x.jsonl", rows), tmp_path / "out", fields=fields)
+    assert counts.ignored_positives == 1
+    assert records(tmp_path / "out") == [
+        Record("q1", "d1", ["n"], "own", "5"),
+        Record("q2", "d2", [], "my.jsonl.x", "6"),
+    ]
+    first, second = contents(tmp_path / "out")
+    assert list(first) == ["query", "document", "negatives", "source", "id", "score"]
+    assert list(second) == ["query", "document", "source", "id", "score", "input_source"]
+
+
+def test_fields_that_would_be_mistaken_are_renamed(tmp_path):
+    row = {"title": "q", "body": "d", "document": "x", "neg": ["n"], "negative_1": "m", "id": "i"}
+    row |= {"hard": "h", "number": "7", "text": "t"}
+    fields = {"query": "title", "document": "body", "negatives": "hard", "id": "number"}
+    run(write(tmp_path / "a.jsonl", [row]), tmp_path / "out", source="given", fields=fields)
+    assert records(tmp_path / "out") == [Record("q", "d", ["h"], "given", "7")]
+    (content,) = contents(tmp_path / "out")
+    assert content["input_document"] == "x"
+    assert content["input_neg"] == ["n"]
+    assert content["input_negative_1"] == "m"
+    assert content["input_id"] == "i"
+    assert content["text"] == "t"
+
+
+def test_drops_are_counted_by_reason(tmp_path):
+    pairs = [
+        ("query", "document"),
+        ("query", "document"),
+        ("query", "other"),
+        ("", "document"),
+        (None, "document"),
+        ("query", " \n"),
+        ("qu", "document"),
+        ("query", "d" * 101),
+        ("quer", "ydocument"),
+    ]
+    rows = [{"query": query, "document": document} for query, document in pairs]
+    rows.append({"query": "query", "document": "last", "negatives": ["n" * 101]})
+    path = write(tmp_path / "a.jsonl", rows)
+    seen = []
+    counts = run(
+        path, tmp_path / "out", min_chars=3, max_chars=100, on_row=lambda: seen.append(None)
+    )
+    dropped = {"empty": 3, "too_short": 1, "too_long": 2, "duplicate": 1}
+    assert (counts.rows, counts.written, counts.dropped) == (10, 3, dropped)
+    assert len(seen) == 10
+    assert dict(ShardIndex.load(tmp_path / "out").dropped) == dropped
+    # Ids without one of their own say which row of the input it was.
+    assert [record.id for record in records(tmp_path / "out")] == ["a-1", "a-3", "a-9"]
+    counts = run(path, tmp_path / "all", deduplicate=False, max_chars=200)
+    assert (counts.written, counts.dropped["duplicate"]) == (7, 0)
+
+
+def test_the_same_input_gives_the_same_bytes_in_numbered_shards(tmp_path):
+    rows = [{"query": f"q{i}", "document": f"d{i}", "x": {"b": i, "a": 1}} for i in range(25)]
+    path = write(tmp_path / "a.jsonl", rows)
+    counts = run(path, tmp_path / "one", records_per_shard=10)
+    run(path, tmp_path / "two", records_per_shard=10)
+    names = ["index.json", *(f"shard-00000{i}.tar" for i in range(3))]
+    assert sorted(p.name for p in (tmp_path / "one").iterdir() if p.name[0] != ".") == names
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    sizes = [(tmp_path / "one" / name).stat().st_size for name in names[1:]]
+    assert (counts.num_shards, counts.num_bytes) == (3, sum(sizes))
+
+
+def test_values_that_json_has_not(tmp_path):
+    table = {"query": ["q"], "document": ["d"], "day": [datetime.date(2024, 5, 1)]}
+    table |= {
+        "price": [decimal.Decimal("1.50")],
+        "bad": [float("nan")],
+        "list": [[1.0, float("inf")]],
+    }
+    parquet.write_table(pa.table(table), tmp_path / "a.parquet")
+    run(tmp_path / "a.parquet", tmp_path / "out")
+    (content,) = contents(tmp_path / "out")
+    assert (content["day"], content["price"]) == ("2024-05-01", "1.50")
+    assert (content["bad"], content["list"]) == (None, [1.0, None])
+    parquet.write_table(pa.table(table | {"image": [b"png"]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet, row 1: field 'image' holds .* bytes"):
+        run(tmp_path / "b.parquet", tmp_path / "other")
+
+
+def test_shards_that_are_there_stay_unless_told(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"query": "q", "document": "d"}])
+    run(path, tmp_path / "out")
+    with pytest.raises(UserError, match="overwrite=true"):
+        run(path, tmp_path / "out")
+    bad = write(tmp_path / "bad.jsonl", [{"query": "new", "document": "d"}, {"query": "q"}])
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 2: no document is recognized"):
+        run(bad, tmp_path / "out", overwrite=True)
+    assert [record.query for record in records(tmp_path / "out")] == ["q"]
+    good = write(tmp_path / "good.jsonl", [{"query": "new", "document": "d"}])
+    run(good, tmp_path / "out", overwrite=True)
+    assert [record.query for record in records(tmp_path / "out")] == ["new"]
+
+
+def test_an_input_without_a_usable_row_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"query": "q", "document": ""}])
+    with pytest.raises(UserError, match=r"nothing is left to write of 1 rows .*, empty 1"):
+        run(path, tmp_path / "out")
+    assert not (tmp_path / "out" / "index.json").exists()
