@@ -18,10 +18,10 @@ quickstart: .venv/.ready ## Write pairs from the Python code on this machine, tr
 	$(BIN)/largebatch train quickstart
 
 test: .venv/.ready-dev ## Run all tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 check: lint ## Lint, types and all tests but the slow ones: what to run before each commit
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
 
 lint: .venv/.ready-dev ## Check format, lint, types, spelling and shell scripts
 	$(BIN)/ruff format --check

@@ -85,6 +85,11 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         faults = _Faults()
+        faults.check(
+            self.path != "",
+            "backbone.path is empty: name a model folder or hub name, for example "
+            "backbone.path=FOLDER",
+        )
         faults.at_least("backbone.vocab_size", self.vocab_size, 300)
         faults.check(
             self.path is None or not self.config,
@@ -450,13 +455,14 @@ class ShardConfig:
     """Turn jsonl, csv, tsv, parquet or a Hugging Face dataset into numbered tar shards."""
 
     input: list[str] = field(default_factory=list)
-    """Files (globs allowed), a folder saved by `datasets`, or hf:NAME for one of the hub."""
+    """Files (globs allowed; .jsonl, .csv, .tsv, .parquet, also .gz or .zst), a folder saved by
+    `datasets` or in BEIR layout, or hf:NAME or hf:NAME:SUBSET for a data set of the hub."""
     output_dir: str = "shards"
     """Gets shard-000000.tar, ... and index.json."""
     source: str = ""
-    """Name of the source, written into each record. Unset: the first input's name."""
+    """Name of the source, written into each record. Unset: the row's own, else the input's name."""
     split: str = "train"
-    """Split of a Hugging Face dataset."""
+    """Split of a Hugging Face data set, or qrels/SPLIT.tsv of a BEIR folder."""
     fields: dict[str, str] = field(default_factory=dict)
     """Which field is what, as {query: title, document: body}. Unset: recognized by name."""
     records_per_shard: int = 10_000

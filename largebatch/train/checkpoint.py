@@ -135,20 +135,17 @@ def load_weights(folder: Path, step: int, state: TrainState) -> None:
     Raises:
         UserError: The checkpoint is damaged, or is of another model.
     """
-    tensors = _load(checkpoint_path(folder, step) / "weights.safetensors")
     for prefix, module in state.modules().items():
-        own = {
-            name.removeprefix(f"{prefix}."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(f"{prefix}.")
-        }
-        try:
-            module.load_state_dict(own)
-        except RuntimeError as error:
-            raise UserError(
-                f"checkpoint {checkpoint_path(folder, step)} is of another model: "
-                f"{' '.join(str(error).split())}"
-            ) from error
+        _load_module(folder, step, prefix, module)
+
+
+def load_encoder_weights(folder: Path, step: int, encoder: nn.Module) -> None:
+    """Restore the encoder alone, as for an export.
+
+    Raises:
+        UserError: The checkpoint is damaged, or is of another model.
+    """
+    _load_module(folder, step, "encoder", encoder)
 
 
 def load_optimizer(folder: Path, step: int, state: TrainState) -> None:
@@ -260,6 +257,19 @@ def _names_of_parameters(state: TrainState) -> dict[Tensor, str]:
         for prefix, module in state.modules().items()
         for name, parameter in module.named_parameters()
     }
+
+
+def _load_module(folder: Path, step: int, prefix: str, module: nn.Module) -> None:
+    path = checkpoint_path(folder, step) / "weights.safetensors"
+    own = {
+        name.removeprefix(f"{prefix}."): tensor
+        for name, tensor in _load(path).items()
+        if name.startswith(f"{prefix}.")
+    }
+    try:
+        module.load_state_dict(own)
+    except RuntimeError as error:
+        raise UserError(f"{path} is of another model: {' '.join(str(error).split())}") from error
 
 
 def _load(path: Path) -> dict[str, Tensor]:

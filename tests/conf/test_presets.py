@@ -84,3 +84,10 @@ def test_every_command_composes(name):
 def test_a_pretrained_backbone_needs_its_path():
     with open_presets(TRAIN) as presets, pytest.raises(UserError, match=r"backbone\.path"):
         build(compose(presets, ["experiment=quickstart_pretrained"]))
+
+
+def test_a_checkout_without_an_installed_package_finds_its_presets(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert (conf_folder() / "train.yaml").is_file()
+    with open_presets(TRAIN) as presets:
+        assert build(compose(presets, ["experiment=quickstart"])).name == "quickstart"

@@ -1,0 +1,50 @@
+"""`largebatch export`: a checkpoint of a run becomes a sentence-transformers folder."""
+
+from pathlib import Path
+
+from largebatch.config import ExportConfig
+from largebatch.errors import UserError
+
+
+def run(config: ExportConfig) -> None:
+    """Write the model of a checkpoint to `config.output_dir`."""
+    folder = Path(config.run)
+    checkpoints = folder / "checkpoints"
+    step = choose_step(checkpoints, config.checkpoint)
+
+    # Importing transformers takes seconds; a missing run is told at once.
+    from largebatch.model.encoder import Encoder
+    from largebatch.train.checkpoint import load_encoder_weights
+
+    encoder = Encoder.from_settings(folder / "backbone")
+    load_encoder_weights(checkpoints, step, encoder)
+    output = Path(config.output_dir) if config.output_dir is not None else folder / "model"
+    encoder.save_pretrained(output)
+    print(f"{output}: the model after {step} steps")
+
+
+def choose_step(checkpoints: Path, which: str) -> int:
+    """Return the step of the checkpoint that `which` names: best, last or a number.
+
+    Raises:
+        UserError: There is no such checkpoint.
+    """
+    from largebatch.train.checkpoint import list_checkpoints, load_best
+
+    steps = list_checkpoints(checkpoints)
+    if not steps:
+        raise UserError(f"run={str(checkpoints.parent)!r} has no checkpoints; name a run folder")
+    if which == "last":
+        return steps[-1]
+    if which == "best":
+        best = load_best(checkpoints)
+        if best is None:
+            raise UserError(
+                f"{checkpoints.parent} was trained without eval.dev, so it has no best checkpoint; use "
+                "checkpoint=last"
+            )
+        return best.step
+    if which.isdigit() and int(which) in steps:
+        return int(which)
+    there = ", ".join(map(str, steps))
+    raise UserError(f"checkpoint={which!r} is not there; choose best, last or one of {there}")
