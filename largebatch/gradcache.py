@@ -9,15 +9,14 @@
 The chain rule makes this equal to one backward pass over the whole global batch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from largebatch.batch import Chunk, Texts
+from largebatch.batch import Texts
 from largebatch.data.chunks import pad_chunks, plan_chunks
 from largebatch.errors import UserError
 from largebatch.losses.infonce import ContrastiveLoss
@@ -122,18 +121,24 @@ class GradCache:
         texts = Texts.concatenate(sides)
         plan = plan_chunks(texts.lengths, self.tokens_per_chunk)
         chunks = pad_chunks(texts, plan, pad_id=self.encoder.pad_id, device=self.encoder.device)
-        order = torch.from_numpy(np.concatenate([np.empty(0, np.intp), *plan])).to(
-            self.encoder.device
-        )
+        rows = [torch.from_numpy(r).to(self.encoder.device) for r in plan]
 
         # 1. Embed.
-        embedded = list(_embed(self.encoder, chunks, with_graph=self.keep == "all"))
-        rows = [e.embeddings.detach() for e in embedded]
-        empty = torch.empty(
-            0, self.encoder.embedding_width, dtype=self.encoder.dtype, device=self.encoder.device
+        embeddings_nd = torch.empty(
+            texts.num_texts,
+            self.encoder.embedding_width,
+            dtype=self.encoder.dtype,
+            device=self.encoder.device,
         )
-        sorted_nd = torch.cat([empty, *rows])
-        embeddings_nd = torch.empty_like(sorted_nd).index_copy_(0, order, sorted_nd)
+        states: list[RandomState] = []
+        kept: list[Tensor] = []
+        for chunk, rows_n in zip(chunks, rows, strict=True):
+            states.append(RandomState.of(self.encoder.device))
+            with torch.set_grad_enabled(self.keep == "all"):
+                chunk_embeddings_nd = self.encoder(chunk)
+            embeddings_nd[rows_n] = chunk_embeddings_nd.detach()
+            if self.keep == "all":
+                kept.append(chunk_embeddings_nd)
 
         # 2. Loss, and its gradient with respect to the embeddings.
         leaf_nd = embeddings_nd.requires_grad_()
@@ -141,13 +146,13 @@ class GradCache:
         with self.gradient_pass():
             value.rank_loss.backward()
             assert leaf_nd.grad is not None
-            gradients = leaf_nd.grad[order].split([len(r) for r in rows])
+            gradients = [leaf_nd.grad[rows_n] for rows_n in rows]
 
             # 3. Push it into the weights.
             if self.keep == "all":
-                _backward([e.embeddings for e in embedded], gradients)
+                _backward(kept, gradients)
             else:
-                for chunk, (state, _), gradient in zip(chunks, embedded, gradients, strict=True):
+                for chunk, state, gradient in zip(chunks, states, gradients, strict=True):
                     with state.replayed():
                         _backward([self.encoder(chunk)], [gradient])
             # 4. Leaving the context averages the gradients over ranks.
@@ -192,21 +197,6 @@ class RandomState(NamedTuple):
             if self.cuda is not None:
                 torch.cuda.set_rng_state(self.cuda)
             yield
-
-
-class _Embedded(NamedTuple):
-    state: RandomState
-    embeddings: Tensor
-
-
-def _embed(
-    encoder: Callable[[Chunk], Tensor], chunks: Iterable[Chunk], *, with_graph: bool
-) -> Iterator[_Embedded]:
-    for chunk in chunks:
-        state = RandomState.of(chunk.input_ids.device)
-        with torch.set_grad_enabled(with_graph):
-            embeddings = encoder(chunk)
-        yield _Embedded(state, embeddings)
 
 
 def _backward(embeddings: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

@@ -54,7 +54,6 @@ class ContrastiveObjective:
             queries_bd,
             columns.rows,
             torch.arange(first_column, first_column + b, device=queries_bd.device),
-            is_positive_m=_positive_columns(rows_per_rank, queries_bd.device),
             combine_columns=self.collectives.combine_logsumexp,
         )
         num_rows = sum(b for b, _ in rows_per_rank)
@@ -63,10 +62,3 @@ class ContrastiveObjective:
         )
         loss, accuracy = totals / num_rows
         return ObjectiveValue(result.loss_sum / (num_rows / world.size), loss, accuracy)
-
-
-def _positive_columns(rows_per_rank: list[list[int]], device: torch.device) -> Tensor:
-    """Return which columns are documents: on each rank b documents, then n negatives."""
-    is_document = torch.tensor([True, False], device=device).repeat(len(rows_per_rank))
-    counts = torch.tensor(rows_per_rank, device=device).flatten()
-    return is_document.repeat_interleave(counts)

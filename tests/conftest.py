@@ -1,6 +1,8 @@
 """What holds for every test: one thread, no network, and a GPU only for tests that ask for it."""
 
+import logging
 import os
+from collections.abc import Iterator
 
 # Before torch is imported: a thread pool in this process would not survive the forks of run_ranks.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -29,3 +31,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("GPU tests run alone: pytest -m gpu")
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _root_logger() -> Iterator[None]:
+    """Take away the log handlers that a test leaves (Hydra's `--info` does): they hold its stdout,
+    which is closed by then, and would fail whichever later test logs a line.
+    """
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
+    root.setLevel(level)

@@ -9,18 +9,26 @@ print the same one.
 
 import faulthandler
 import json
+import multiprocessing
 import os
+import re
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from largebatch.errors import UserError
 
 LAUNCHED = "LARGEBATCH_LAUNCHED"
 """Environment variable that tells a rank that `largebatch` itself started it."""
 EXIT_WITHIN_S = 5
+
+# What gloo, the TCP store and NCCL say on a rank that waits for one that is gone.
+_LOST_CONNECTION = re.compile(
+    "connection (closed|reset) by peer|broken pipe|remote process exited", re.IGNORECASE
+)
 
 
 class RanksFailed(Exception):  # noqa: N818 (it states a fact, and never leaves commands/)
@@ -51,6 +59,8 @@ def describe(error: BaseException) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, UserError | RanksFailed):
         return message
+    if _lost_connection(error):
+        return "the connection to another rank was lost; what that one says is the cause"
     kind = type(error).__name__
     return f"{kind}: {message or 'no message'} (run again with debug=true for the traceback)"
 
@@ -69,6 +79,20 @@ def report(error: Exception, *, debug: bool) -> None:
     print(f"error: {describe(error)}", file=sys.stderr)
 
 
+def end_failed_rank(code: int) -> NoReturn:
+    """End this process at once, its loader processes first.
+
+    An ordinary end takes down the connections to other ranks, which waits for those that are gone,
+    or aborts with words of its own.
+    """
+    for child in multiprocessing.active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # who read it may be gone
+            stream.flush()
+    os._exit(code)
+
+
 def read_error_file(file: str) -> Failure | None:
     """Return what a rank wrote, or None where it ended without a word."""
     try:
@@ -83,11 +107,12 @@ def _write_error_file(error: Exception) -> None:
     if not file:
         return
     is_user_error = isinstance(error, UserError)
-    line = describe(error)
+    line, lost = describe(error), _lost_connection(error)
     # The layout is torch.distributed.elastic's (whole seconds, as text); ours is one entry in it.
+    # torchrun calls the earliest failure the cause, which one that follows from another never is.
     extra = {
-        "py_callstack": line if is_user_error else _trace(error),
-        "timestamp": str(int(time.time())),
+        "py_callstack": line if is_user_error or lost else _trace(error),
+        "timestamp": str(int(time.time()) + lost),
         "largebatch": Failure(line, _trace(error), is_user_error, time.time())._asdict(),
     }
     text = json.dumps({"message": {"message": line, "extraInfo": extra}})
@@ -99,6 +124,10 @@ def _all_ranks_say_so(error: Exception) -> bool:
     distributed = sys.modules.get("torch.distributed")
     connected = distributed is not None and distributed.is_initialized()
     return isinstance(error, UserError) and not connected and os.environ["RANK"] != "0"
+
+
+def _lost_connection(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and _LOST_CONNECTION.search(str(error)) is not None
 
 
 def _trace(error: BaseException) -> str:

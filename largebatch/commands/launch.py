@@ -91,9 +91,14 @@ def first_failure(failures: "dict[int, ProcessFailure]") -> RanksFailed:
 
 
 def prepare_rank() -> None:
-    """Make Ctrl-C end this rank at once and silently, even inside a collective."""
+    """Make Ctrl-C end this rank at once and silently, even inside a collective.
+
+    Warnings of ours come from rank 0 alone.
+    """
     if LAUNCHED in os.environ:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger("largebatch").setLevel(logging.ERROR)
 
 
 def _rank_environment(ranks: int, threads: int) -> dict[str, str]:

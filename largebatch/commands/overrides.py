@@ -101,7 +101,9 @@ def translate(presets: Presets, overrides: Sequence[str]) -> Translated:
         if override.key_or_group == "debug" and isinstance(override.value(), bool):
             debug = bool(override.value())
         else:
-            translated[_translate(presets, override)] = override
+            hydras = _translate(presets, override)
+            translated.pop(hydras, None)  # given again, it must win over what stands between
+            translated[hydras] = override
     return Translated(translated, debug)
 
 

@@ -51,10 +51,10 @@ def _pad(
     lengths = texts.lengths[rows]
     columns = np.arange(lengths.max(initial=1))
     mask = columns < lengths[:, None]
-    # Padding positions read some valid token, and are overwritten: no ragged copy is needed.
-    positions = np.where(mask, starts[rows][:, None] + columns, 0)
-    ids = np.where(mask, texts.tokens[positions], pad_id)
+    positions = starts[rows][:, None] + columns
+    ids = np.full(mask.shape, pad_id, np.int64)
+    ids[mask] = texts.tokens[positions[mask]]
     return Chunk(
-        torch.from_numpy(ids.astype(np.int64)).to(device, non_blocking=True),
+        torch.from_numpy(ids).to(device, non_blocking=True),
         torch.from_numpy(mask.astype(np.int64)).to(device, non_blocking=True),
     )

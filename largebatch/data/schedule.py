@@ -10,7 +10,7 @@ alone, and any number of ranks trains on the same batches.
 3. Records beyond the last whole batch of the tape are left out of that epoch.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,6 +55,7 @@ class Schedule:
             )
         self.global_batch = global_batch
         self.seed = seed
+        self.lanes = lanes
         self.steps_per_epoch = self.num_records // global_batch
         self.records_left_out = self.num_records % global_batch
         """Records that an epoch leaves out; others in each epoch."""
@@ -65,6 +66,11 @@ class Schedule:
         self._lane_rows = np.diff(lane_ends)[lane_of_row]
         self._tape_of_epoch = lru_cache(maxsize=2)(self._tape)
         self._order_in_segment = lru_cache(maxsize=4 * num_lanes)(self._segment_order)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # On its way to a loader process that is not forked: the caches can't be sent.
+        make = partial(Schedule, global_batch=self.global_batch, seed=self.seed, lanes=self.lanes)
+        return make, (self.segment_sizes,)
 
     def epoch(self, step: int) -> int:
         """Return the number of the epoch that a step belongs to, from 0."""

@@ -62,4 +62,4 @@ class Temperature(nn.Module):
     @property
     def value(self) -> float:
         """The temperature as a number (waits for the device)."""
-        return math.exp(-float(self.log_scale))
+        return math.exp(-float(self.log_scale.detach()))

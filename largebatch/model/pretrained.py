@@ -114,12 +114,13 @@ def load_tokenizer(name: str) -> Any:
 
 
 def check_model_folder(name: str, *, weights: bool = True) -> None:
-    """Raise a UserError if `name` is meant as a folder that is missing or can't be used."""
+    """Raise a UserError if `name` is a folder that can't be used, or nothing that can be loaded."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name
         if looks_like_path or folder.exists():
             raise UserError(f"model folder {name!r} does not exist or is no folder")
+        _check_hub(name)
         return
     if not weights:
         return
@@ -133,6 +134,21 @@ def check_model_folder(name: str, *, weights: bool = True) -> None:
                 "run code when loaded; convert it to safetensors"
             )
         raise UserError(f"model folder {name!r} has no *.safetensors")
+
+
+def _check_hub(name: str) -> None:
+    """Ask once whether the hub can be reached: transformers tries for a minute, many lines long."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
+    except HfHubHTTPError:
+        return  # The hub answers; what is missing there, transformers says in better words.
+    except Exception as error:  # Its class is that of the HTTP library, which changed twice.
+        raise _model_error(name, error) from error
 
 
 def read_settings(name: str) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class Collectives:
             return values
         highest = values.clone()
         dist.all_reduce(highest, dist.ReduceOp.MAX)
+        highest.masked_fill_(highest.isneginf(), 0)  # -inf minus -inf would be NaN
         total = torch.exp(values - highest)
         dist.all_reduce(total)
         return total.log_().add_(highest)

@@ -337,3 +337,25 @@ def test_the_module_runs_and_says_its_version(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: pooling=maen is not a choice; did you mean mean?")
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_of_repeated_overrides_the_last_wins(trained):
+    assert app.main(["train", SOURCE, "max_steps=4", "max_steps=6", "max_steps=4"]) == 0
+    assert trained[0].max_steps == 4
+
+
+def test_a_rank_that_lost_another_one_is_not_the_cause(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: None)
+    times = {}
+    for name, message in (("cause", "a bug"), ("lost", "gloo: Connection closed by peer [::1]")):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / name))
+        failures.report(RuntimeError(message), debug=False)
+        extra = json.loads((tmp_path / name).read_text())["message"]["extraInfo"]
+        times[name] = int(extra["timestamp"])
+    assert times["lost"] > times["cause"]
+    cause, lost = capsys.readouterr().err.splitlines()
+    assert "RuntimeError: a bug" in cause
+    assert "connection to another rank was lost" in lost
+    assert "gloo" not in lost

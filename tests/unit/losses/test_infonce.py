@@ -1,0 +1,196 @@
+"""InfoNCE in tiles equals the plain formula: value, every gradient, any tile, any split of rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from largebatch.errors import UserError
+from largebatch.losses.infonce import ContrastiveLoss, info_nce
+from largebatch.losses.temperature import Temperature
+from largebatch.world import part_of_rank
+
+TILES = [1, 3, 7, 64]
+SIZES = [(1, 1), (1, 5), (2, 2), (7, 7), (7, 12), (13, 19)]
+
+
+def inputs(b, m, *, d=5, seed=0, dtype=torch.float64):
+    """Return queries, documents, the column of each query's document (shuffled), and a scale."""
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(b, d, generator=generator, dtype=dtype)
+    documents = torch.randn(m, d, generator=generator, dtype=dtype)
+    positives = torch.randperm(m, generator=generator)[:b]
+    return queries, documents, positives, torch.tensor(1.7, dtype=dtype)
+
+
+def plain(queries, documents, positives, scale, *, symmetric):
+    """Return the sum over rows with the whole matrix; the positive apart, so nothing cancels."""
+    logits = scale * queries @ documents.T
+    own = logits[torch.arange(len(queries)), positives]
+    others = logits.masked_fill(F.one_hot(positives, len(documents)).bool(), -torch.inf)
+    loss = torch.logaddexp(others.logsumexp(1) - own, own.new_zeros(())).sum()
+    if not symmetric:
+        return loss
+    columns = others[:, positives].logsumexp(0) - own
+    return (loss + torch.logaddexp(columns, own.new_zeros(())).sum()) / 2
+
+
+def value_and_gradients(function, queries, documents, positives, scale, **options):
+    leaves = [t.clone().requires_grad_() for t in (queries, documents, scale)]
+    value = function(leaves[0], leaves[1], positives, leaves[2], **options)
+    value = value if isinstance(value, torch.Tensor) else value.loss_sum
+    (3 * value).backward()  # so that a forgotten outer factor shows
+    return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def test_the_plain_formula_is_cross_entropy():
+    queries, documents, positives, scale = inputs(7, 12)
+    logits = scale * queries @ documents.T
+    expected = F.cross_entropy(logits, positives, reduction="sum")
+    columns = F.cross_entropy(logits[:, positives].T, torch.arange(7), reduction="sum")
+    given = (queries, documents, positives, scale)
+    torch.testing.assert_close(plain(*given, symmetric=False), expected)
+    torch.testing.assert_close(plain(*given, symmetric=True), (expected + columns) / 2)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("b", "m"), SIZES)
+def test_equals_the_plain_formula(b, m, tile, symmetric):
+    given = inputs(b, m)
+    expected = value_and_gradients(plain, *given, symmetric=symmetric)
+    found = value_and_gradients(info_nce, *given, symmetric=symmetric, tile=tile)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gradcheck(symmetric):
+    queries, documents, positives, scale = inputs(4, 6)
+    leaves = [t.requires_grad_() for t in (queries, documents, scale)]
+    assert torch.autograd.gradcheck(
+        lambda q, d, s: info_nce(q, d, positives, s, symmetric=symmetric, tile=3).loss_sum, leaves
+    )
+
+
+def combine_by_hand(parts):
+    """Return each rank's `combine_columns`, which all give the log-sum-exp over the ranks."""
+    collected = {}
+
+    def first_look(rank):
+        def note(columns):
+            collected[rank] = columns.clone()
+            return columns
+
+        return note
+
+    for rank, (queries, documents, positives, scale) in enumerate(parts):
+        info_nce(
+            queries, documents, positives, scale, symmetric=True, combine_columns=first_look(rank)
+        )
+    total = torch.logsumexp(torch.stack(list(collected.values())), 0)
+    return lambda columns: total.expand_as(columns)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("size", [2, 3, 4, 9])
+def test_rows_split_over_ranks(size, symmetric):
+    queries, documents, positives, scale = inputs(7, 12)
+    expected = value_and_gradients(plain, queries, documents, positives, scale, symmetric=symmetric)
+    rows = [part_of_rank(7, rank, size) for rank in range(size)]  # of 9 ranks two have no row
+    parts = [
+        (queries[r.start : r.stop], documents, positives[r.start : r.stop], scale) for r in rows
+    ]
+    found = [
+        value_and_gradients(
+            info_nce,
+            *part,
+            symmetric=symmetric,
+            combine_columns=combine_by_hand(parts) if symmetric else None,
+            tile=4,
+        )
+        for part in parts
+    ]
+    losses, grad_queries, grad_documents, grad_scale = zip(*found, strict=True)
+    torch.testing.assert_close(sum(losses), expected[0])
+    torch.testing.assert_close(torch.cat(grad_queries), expected[1])
+    torch.testing.assert_close(sum(grad_documents), expected[2])
+    torch.testing.assert_close(sum(grad_scale), expected[3])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("noise", [0.5, 0.35, 0.3, 0.2])
+def test_float32_at_a_low_temperature_with_confident_positives(noise, symmetric):
+    """Mean losses from 1 to 1e-10, where P - 1 in float32 would be nothing but rounding."""
+    generator = torch.Generator().manual_seed(0)
+    queries = F.normalize(torch.randn(200, 64, generator=generator), dim=1)
+    documents = queries + noise / 2 * torch.randn(200, 64, generator=generator)
+    negatives = torch.randn(30, 64, generator=generator)
+    documents = F.normalize(torch.cat([documents, negatives]), dim=1)
+    given = (queries, documents, torch.arange(200), torch.tensor(100.0))
+    exact = [t.double() if t.is_floating_point() else t for t in given]
+    expected = value_and_gradients(plain, *exact, symmetric=symmetric)
+    found = value_and_gradients(info_nce, *given, symmetric=symmetric, tile=64)
+    for measured, reference in zip(found, expected, strict=True):
+        assert (measured - reference).norm() < 1e-5 * reference.norm()
+        assert reference.norm() > 0
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.largest = max(self.largest, *sizes, 0)
+        return out
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_never_holds_more_than_a_tile(symmetric):
+    b, m, d, tile = 100, 130, 4, 32
+    queries, documents, positives, scale = inputs(b, m, d=d)
+    leaves = [t.requires_grad_() for t in (queries, documents, scale)]
+    with _LargestTensor() as seen:
+        info_nce(
+            leaves[0], leaves[1], positives, leaves[2], symmetric=symmetric, tile=tile
+        ).loss_sum.backward()
+    assert seen.largest <= max(tile * tile, m * d)
+    with _LargestTensor() as whole:
+        plain(*(t.detach() for t in (queries, documents)), positives, scale, symmetric=symmetric)
+    assert whole.largest >= b * m  # the instrument sees what it should
+
+
+def test_correct_is_whether_no_document_scores_above_the_own():
+    queries = torch.eye(3)
+    documents = torch.tensor([[1.0, 0, 0], [0, 1, 5], [0, 0, 1], [0, 1, 0]])
+    found = info_nce(queries, documents, torch.arange(3), torch.tensor(2.0), tile=2)
+    assert found.correct.tolist() == [True, True, False]  # a tie counts as found
+    assert not found.correct.requires_grad
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_module_gives_the_mean_and_the_gradient_of_the_temperature(symmetric):
+    queries, documents, _, _ = inputs(5, 8)
+    loss = ContrastiveLoss(Temperature(0.4, learned=True), symmetric=symmetric).double()
+    value = loss(queries, documents)
+    value.backward()
+    log_scale = loss.temperature.log_scale.detach().clone().requires_grad_()
+    expected = plain(queries, documents, torch.arange(5), log_scale.exp(), symmetric=symmetric) / 5
+    expected.backward()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(loss.temperature.log_scale.grad, log_scale.grad)
+    assert abs(float(log_scale.grad)) > 1e-3
+
+
+def test_too_few_documents():
+    with pytest.raises(UserError, match="5 queries need a document each, got 4"):
+        ContrastiveLoss()(torch.zeros(5, 2), torch.zeros(4, 2))
+
+
+def test_what_is_not_finite_shows_in_the_loss():
+    queries, documents, positives, scale = inputs(5, 8)
+    documents[7, 0] = torch.nan
+    assert info_nce(queries, documents, positives, scale, tile=3).loss_sum.isnan()
