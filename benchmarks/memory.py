@@ -55,8 +55,9 @@ def measure(pairs: int, tokens_per_chunk: int) -> dict[str, float]:
     from largebatch import ContrastiveLoss, Encoder, GradCache
     from largebatch.batch import Texts
     from largebatch.data.text import train_tokenizer
-    from largebatch.train.memory import peak_memory_gib
+    from largebatch.train.memory import bound_kernel_cache, peak_memory_gib
 
+    bound_kernel_cache()
     torch.manual_seed(0)
     words = [f"word{number}" for number in range(5000)]
     encoder = Encoder.from_scratch(

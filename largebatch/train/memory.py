@@ -1,5 +1,6 @@
 """Peak memory of this process, on its GPU or in main memory."""
 
+import os
 import resource
 import sys
 from pathlib import Path
@@ -7,6 +8,16 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")
+
+
+def bound_kernel_cache() -> None:
+    """Keep few of oneDNN's compiled CPU kernels; to be called before the first of them is made.
+
+    It compiles one per shape and keeps 1,024, and chunks have many shapes: without a bound memory
+    grows with the number of chunks, that is with the global batch, by hundreds of megabytes. A
+    value in the environment stays.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -41,6 +41,7 @@ from largebatch.train.checkpoint import (
 )
 from largebatch.train.evaluation import Evaluation, load_sets
 from largebatch.train.loggers import RunLog
+from largebatch.train.memory import bound_kernel_cache
 from largebatch.train.metrics import StepMeter
 from largebatch.train.optim import make_optimizer
 from largebatch.train.plots import draw_plots
@@ -60,6 +61,7 @@ def train(config: TrainConfig) -> None:
     """
     world = world_from_environment()
     device = choose_device(config.hardware.device, world)
+    bound_kernel_cache()
     torch.set_num_threads(_threads(config, world.size))
     with process_group(world, device, timeout_s=config.strategy.timeout_s), ExitStack() as stack:
         collectives = Collectives()

@@ -76,13 +76,6 @@ def missing_model(folder: Path) -> Bad:
     )
 
 
-def missing_hub_model(folder: Path) -> Bad:
-    return Bad(
-        ("backbone=pretrained", "backbone.path=models/mine"),
-        ("model 'models/mine' is no folder here", "as a hub name it can't be loaded"),
-    )
-
-
 def pickle_only(folder: Path) -> Bad:
     (folder / "old").mkdir()
     (folder / "old" / "config.json").write_text('{"model_type": "bert"}')
@@ -129,7 +122,6 @@ BAD = [
     not_utf8,
     text_of_1_mb,
     missing_model,
-    missing_hub_model,
     pickle_only,
     no_cuda,
     no_retrieval_set,
@@ -167,6 +159,17 @@ def test_a_folder_in_use_is_not_touched(folder: Path) -> None:
     assert "output_dir='run' is in use by another run" in done.error()
     assert done.ending_s < ENDED_WITHIN_S
     assert [path.name for path in (folder / "run").iterdir()] == [".lock"]
+
+
+def test_a_hub_that_is_out_of_reach_is_told_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    model = ("backbone=pretrained", "backbone.path=models/mine")
+    done = largebatch(*line(*model, ranks=1), cwd=folder)
+    assert "model 'models/mine' is no folder here, and as a hub name it can't" in done.error()
+    assert done.ending_s < ENDED_WITHIN_S
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
