@@ -93,7 +93,8 @@ class BackboneConfig:
         faults.at_least("backbone.vocab_size", self.vocab_size, 300)
         faults.check(
             self.path is None or not self.config,
-            "backbone.config is for a model from scratch: unset it, or unset backbone.path",
+            "backbone.config is for a model from scratch; with backbone.path use an experiment "
+            "that has none, such as quickstart_pretrained",
         )
         faults.finish()
 

@@ -40,8 +40,8 @@ def choose_step(checkpoints: Path, which: str) -> int:
         best = load_best(checkpoints)
         if best is None:
             raise UserError(
-                f"{checkpoints.parent} was trained without eval.dev, so it has no best checkpoint; use "
-                "checkpoint=last"
+                f"{checkpoints.parent} was trained without eval.dev, so it has no best checkpoint; "
+                "use checkpoint=last"
             )
         return best.step
     if which.isdigit() and int(which) in steps:

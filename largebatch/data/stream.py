@@ -101,15 +101,25 @@ class Stream:
             yield _join([_checked(next(iterator)) for _ in range(max(self.workers, 1))])
 
 
-def sample_texts(source: Source, *, most_records: int) -> Iterator[str]:
-    """Yield the texts of up to about `most_records` records, from all over the source."""
+SAMPLED_CHARS = 10_000
+"""Characters of a text that a tokenizer is trained on."""
+
+
+def sample_texts(source: Source, *, most_records: int, max_chars: int) -> Iterator[str]:
+    """Yield the texts of up to about `most_records` records, from all over the source.
+
+    Raises:
+        UserError: A text is longer than `max_chars`, or a shard or a record can't be used.
+    """
     sizes = source.segment_sizes
     every = max(1, round(int(sizes.sum()) / most_records))
     for number in range(0, len(sizes), every):
         for record in source.read(number):
-            yield record.query
-            yield record.document
-            yield from record.negatives
+            _check_length(record, max_chars)
+            for text in (record.query, record.document, *record.negatives):
+                # The trainer takes time that is quadratic in a word's length, and words of a
+                # hundred thousand letters occur (encoded data).
+                yield text[:SAMPLED_CHARS]
 
 
 class _Reader:
@@ -141,7 +151,7 @@ class _Reader:
             for segment, offset in zip(place.segments.tolist(), place.offsets.tolist(), strict=True)
         ]
         for record in records:
-            self._check_length(record)
+            _check_length(record, self.max_chars)
         sides = [
             ("query", [record.query for record in records]),
             ("document", [record.document for record in records]),
@@ -175,15 +185,6 @@ class _Reader:
             self._segments.popitem(last=False)
         return self._segments[number]
 
-    def _check_length(self, record: Record) -> None:
-        for text in (record.query, record.document, *record.negatives):
-            if len(text) > self.max_chars:
-                raise UserError(
-                    f"record {record.id!r} of source {record.source!r} has a text of {len(text):,} "
-                    f"characters, more than data.max_chars={self.max_chars}; shorten it, or raise "
-                    "the option"
-                )
-
 
 class _Failure(NamedTuple):
     """A UserError on its way out of a loader process, which would wrap it in its traceback."""
@@ -208,6 +209,15 @@ class _Parts(IterableDataset[RankBatch | _Failure]):
                 yield self.reader.read(step, rows)
         except UserError as error:
             yield _Failure(str(error))
+
+
+def _check_length(record: Record, max_chars: int) -> None:
+    for text in (record.query, record.document, *record.negatives):
+        if len(text) > max_chars:
+            raise UserError(
+                f"record {record.id!r} of source {record.source!r} has a text of {len(text):,} "
+                f"characters, more than data.max_chars={max_chars}; shorten it, or raise the option"
+            )
 
 
 def _checked(part: RankBatch | _Failure) -> RankBatch:

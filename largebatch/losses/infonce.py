@@ -221,7 +221,8 @@ class _TiledInfoNCE(torch.autograd.Function):
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    return torch.linalg.vecdot(left.flatten(), right.flatten())
+    product: Tensor = torch.linalg.vecdot(left.flatten(), right.flatten())
+    return product
 
 
 def _tiles(b: int, m: int, tile: int) -> Iterator[tuple[slice, slice]]:

@@ -28,8 +28,9 @@ def load_backbone(name: str, *, attention: str) -> nn.Module:
     """Load a pre-trained transformers model in float32.
 
     Raises:
-        UserError: There is no such model, or it has no safetensors.
+        UserError: There is no such model, or it has no safetensors that can be read.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel
 
     check_model_folder(name)
@@ -45,7 +46,7 @@ def load_backbone(name: str, *, attention: str) -> nn.Module:
                 dtype=torch.float32,
                 attn_implementation=attention,
             )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _model_error(name, error) from error
     return _freeze_pooler(model)
 

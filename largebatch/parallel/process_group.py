@@ -44,7 +44,7 @@ def choose_device(name: str, world: World) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("device 'cuda' was asked for, but torch sees no GPU; use device 'cpu'")
+        raise UserError("hardware.device=cuda, but torch sees no GPU; use hardware.device=cpu")
     if world.local_rank >= torch.cuda.device_count():
         raise UserError(
             f"rank {world.rank} is number {world.local_rank} on its machine, which has "

@@ -1,6 +1,5 @@
 """Builds the parts of a run from its config."""
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +20,6 @@ from largebatch.parallel.collectives import Collectives
 
 TOKENIZER_RECORDS = 100_000
 """Records that a tokenizer is trained on, spread over the source."""
-
-log = logging.getLogger(__name__)
 
 
 def build_source(config: TrainConfig) -> Source:
@@ -117,7 +114,7 @@ def _tokenizer(config: TrainConfig, source: Source) -> Any:
         return load_tokenizer(config.backbone.tokenizer)
     with _parallel_tokenizers():
         return train_tokenizer(
-            sample_texts(source, most_records=TOKENIZER_RECORDS),
+            sample_texts(source, most_records=TOKENIZER_RECORDS, max_chars=config.data.max_chars),
             vocab_size=config.backbone.vocab_size,
         )
 

@@ -46,7 +46,8 @@ def print_result(result_file: Path, folder: Path) -> None:
     print_lines(
         [
             f"model:   {folder / 'model'} (for Encoder.from_pretrained and SentenceTransformer)",
-            f"metrics: {folder / 'metrics.jsonl'}   plots: {folder / 'plots'}",
+            f"metrics: {folder / 'metrics.jsonl'}",
+            *([f"plots:   {folder / 'plots'}"] if (folder / "plots").is_dir() else []),
         ]
     )
 

@@ -14,7 +14,9 @@ from largebatch.model.encoder import Encoder
 WORDS = [f"word{number}" for number in range(80)]
 
 
-def tiny_encoder(*, dropout: float = 0.0, dtype=torch.float64, seed: int = 0, **settings) -> Encoder:
+def tiny_encoder(
+    *, dropout: float = 0.0, dtype=torch.float64, seed: int = 0, **settings
+) -> Encoder:
     """Return a BERT of two layers and width 16 in training mode."""
     torch.manual_seed(seed)
     encoder = Encoder.from_scratch(

@@ -298,7 +298,7 @@ def test_help_lists_every_option_with_type_value_and_meaning(capsys):
     assert app.main(["train", "quickstart", "--help"]) == 0
     out = capsys.readouterr().out
     assert "  global_batch  int  [1024]\n      Pairs per optimizer step" in out
-    assert "  optim.lr  float  [0.002]\n      Highest learning rate." in out
+    assert "  optim.lr  float  [0.005]\n      Highest learning rate." in out
     assert "  backbone.path  str or null  [null]" in out
     assert "quickstart_pretrained" in out
     assert "weighted_mean" in out

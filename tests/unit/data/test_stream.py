@@ -143,10 +143,10 @@ def test_leaves_the_random_state_alone(source, tokenizer):
 
 
 def test_sampled_texts_come_from_all_over(source):
-    texts = list(sample_texts(source, most_records=NUM_RECORDS))
+    texts = list(sample_texts(source, most_records=NUM_RECORDS, max_chars=200_000))
     assert len(texts) == sum(2 + number % 3 for number in range(NUM_RECORDS))
     assert len(source.segments) >= 3
-    few = list(sample_texts(source, most_records=NUM_RECORDS // 3))
+    few = list(sample_texts(source, most_records=NUM_RECORDS // 3, max_chars=200_000))
     assert 0 < len(few) < len(texts) / 2
 
 

