@@ -7,8 +7,8 @@ of the tensors don't depend on the strategy.
     checkpoints/step_00000100/weights.safetensors     encoder.*, loss.*
                               optimizer.safetensors   exp_avg.NAME, exp_avg_sq.NAME, step.NAME
                               random.safetensors      cpu.RANK, cuda.RANK
-                              state.json              step, world size, config, versions
-    checkpoints/best.json                             the best one's step and dev score
+                              state.json              step, world size, config, versions, and
+                                                      the best one's step and dev score so far
 """
 
 import json
@@ -64,6 +64,7 @@ def save_checkpoint(
     state: TrainState,
     *,
     random_states: Sequence[Mapping[str, Tensor]],
+    best: Best | None,
     details: Mapping[str, Any],
 ) -> None:
     """Write the checkpoint after `step` steps; on rank 0 only.
@@ -73,6 +74,7 @@ def save_checkpoint(
         step: Optimizer steps taken.
         state: What to save.
         random_states: Each rank's generators, as from `read_random_state`.
+        best: The best checkpoint so far, this one included; None: there is no dev score.
         details: Further entries of state.json: the config above all.
 
     Raises:
@@ -97,6 +99,7 @@ def save_checkpoint(
             "format": FORMAT,
             "step": step,
             "world_size": len(random_states),
+            "best": None if best is None else best._asdict(),
             "torch": str(torch.__version__),
             **details,
         }
@@ -195,27 +198,16 @@ def load_random_state(folder: Path, step: int, *, rank: int, device: torch.devic
         raise UserError(f"{path} lacks {error}: it was taken on another kind of device") from error
 
 
-def save_best(folder: Path, best: Best) -> None:
-    """Note which checkpoint is the best."""
-    aside = folder / ".best.json.partial"
-    aside.write_text(json.dumps(best._asdict()), encoding="utf-8")
-    aside.replace(folder / "best.json")
-
-
 def load_best(folder: Path) -> Best | None:
-    """Return the best checkpoint, None if none was noted or it is no longer there.
+    """Return the best checkpoint, as the newest one tells; None if it is no longer there.
 
     Raises:
-        UserError: best.json is damaged.
+        UserError: The newest checkpoint is damaged.
     """
-    path = folder / "best.json"
-    if not path.is_file():
-        return None
-    try:
-        best = Best(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} can't be read: {error}; delete it") from error
-    return best if best.step in list_checkpoints(folder) else None
+    steps = list_checkpoints(folder)
+    entry = read_details(folder, steps[-1])["best"] if steps else None
+    best = None if entry is None else Best(**entry)
+    return best if best is not None and best.step in steps else None
 
 
 def remove_old(folder: Path, *, keep_last: int, best: Best | None) -> None:

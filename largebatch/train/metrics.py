@@ -89,7 +89,7 @@ class StepMeter:
         norms = torch.stack([result.grad_norm for result in self._results]).double()
         finite = torch.stack([report.embeddings_finite for report in reports])
         # All of these wait for the device.
-        self._check_finite(step, losses.tolist(), norms.tolist(), bool(finite.all()))
+        self._check_finite(step, losses.tolist(), norms.tolist(), finite.tolist())
         accuracy = torch.stack([report.accuracy for report in reports]).double().mean().item()
         duration_s = time.perf_counter() - self._since_s
         counts = [
@@ -132,14 +132,16 @@ class StepMeter:
         return values
 
     def _check_finite(
-        self, step: int, losses: list[float], norms: list[float], embeddings_finite: bool
+        self, step: int, losses: list[float], norms: list[float], embeddings_finite: list[bool]
     ) -> None:
         values = torch.tensor([losses, norms])
         if bool(values.isfinite().all()):
             return
-        flags = self._collectives.gather_objects(embeddings_finite)
+        # Later steps of the interval began with weights that were spoilt already.
+        number = int((~values.isfinite()).any(0).int().argmax())
+        flags = self._collectives.gather_objects(embeddings_finite[number])
         ranks = [rank for rank, finite in enumerate(flags) if not finite]
-        first = step - len(losses) + 1 + int((~values.isfinite()).any(0).int().argmax())
+        first = step - len(losses) + 1 + number
         where = f"embeddings of ranks {ranks} are not finite" if ranks else "embeddings are finite"
         raise UserError(
             f"step {first}: loss or gradient is not finite ({where}); the last checkpoint is from "

@@ -38,7 +38,8 @@ def learning_rate(step: int, config: ScheduleConfig, *, highest: float, max_step
     """
     if step < config.warmup_steps:
         return highest * (step + 1) / config.warmup_steps
-    done = (step + 1 - config.warmup_steps) / max(max_steps - config.warmup_steps, 1)
+    # From the last step of the warm-up (0) to after the last step of the run (1): no step is lost.
+    done = (step + 1 - config.warmup_steps) / (max_steps + 1 - config.warmup_steps)
     match config.name:
         case "constant":
             left = 1.0
@@ -47,11 +48,10 @@ def learning_rate(step: int, config: ScheduleConfig, *, highest: float, max_step
         case "cosine":
             left = (1 + math.cos(math.pi * done)) / 2
         case "wsd":
-            decay_steps = max(config.decay_fraction * max_steps, 1)
-            left = min(1.0, (max_steps - step - 1) / decay_steps)
+            left = min(1.0, (max_steps - step) / (config.decay_fraction * max_steps + 1))
         case _:
             raise AssertionError(config.name)
-    return highest * (config.final_fraction + (1 - config.final_fraction) * max(left, 0.0))
+    return highest * (config.final_fraction + (1 - config.final_fraction) * left)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -36,7 +36,6 @@ from largebatch.train.checkpoint import (
     read_details,
     read_random_state,
     remove_old,
-    save_best,
     save_checkpoint,
 )
 from largebatch.train.evaluation import Evaluation, load_sets
@@ -207,7 +206,7 @@ class _Run:
                     improved = self._evaluate(step)
             if saves or (improved and config.checkpoint.keep_best):
                 with meter.paused():
-                    self._save(step, meter.elapsed_s, improved=improved)
+                    self._save(step, meter.elapsed_s)
 
     def finish(self) -> None:
         """Score the best weights on the test sets, export them, draw the plots."""
@@ -299,7 +298,7 @@ class _Run:
             for metric, value in evaluate_bm25(retrieval_set).items()
         }
 
-    def _save(self, step: int, elapsed_s: float, *, improved: bool) -> None:
+    def _save(self, step: int, elapsed_s: float) -> None:
         random_states = self.collectives.gather_objects(read_random_state(self.device))
 
         def write() -> None:
@@ -308,11 +307,14 @@ class _Run:
                 step,
                 self.state,
                 random_states=random_states,
+                best=self.best,
                 details={"config": self.settings, "elapsed_s": elapsed_s},
             )
-            if improved and self.best is not None:
-                save_best(self.checkpoints, self.best)
-            remove_old(self.checkpoints, keep_last=self.config.checkpoint.keep_last, best=self.best)
+            remove_old(
+                self.checkpoints,
+                keep_last=self.config.checkpoint.keep_last,
+                best=self.best if self.config.checkpoint.keep_best else None,
+            )
 
         self.collectives.on_main(write)
 
