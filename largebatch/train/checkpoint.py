@@ -155,7 +155,7 @@ def load_optimizer(folder: Path, step: int, state: TrainState) -> None:
     """Restore the optimizer's moments and step counts.
 
     Raises:
-        UserError: The checkpoint is damaged.
+        UserError: The checkpoint is damaged, or is of another model.
     """
     tensors = _load(checkpoint_path(folder, step) / "optimizer.safetensors")
     names = _names_of_parameters(state)
@@ -164,10 +164,16 @@ def load_optimizer(folder: Path, step: int, state: TrainState) -> None:
     entries: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         entry, _, name = key.partition(".")
-        if name not in number_of:
+        fits = name in number_of and (
+            entry == "step" or tensor.shape == order[number_of[name]].shape
+        )
+        if not fits:
             raise UserError(
                 f"checkpoint {checkpoint_path(folder, step)} is of another model: {key}"
             )
+        if entry != "step":
+            # In the parameter's own order of memory, which AdamW's fused kernel takes for granted.
+            tensor = torch.empty_like(order[number_of[name]]).copy_(tensor)
         entries.setdefault(number_of[name], {})[entry] = tensor
     state.optimizer.load_state_dict(
         {"state": entries, "param_groups": state.optimizer.state_dict()["param_groups"]}
@@ -205,7 +211,7 @@ def load_best(folder: Path) -> Best | None:
         UserError: The newest checkpoint is damaged.
     """
     steps = list_checkpoints(folder)
-    entry = read_details(folder, steps[-1])["best"] if steps else None
+    entry = read_details(folder, steps[-1]).get("best") if steps else None
     best = None if entry is None else Best(**entry)
     return best if best is not None and best.step in steps else None
 

@@ -1,5 +1,7 @@
 """AdamW's groups and the learning rate of every step."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -37,7 +39,7 @@ def test_what_comes_after_the_last_step_is_the_final_fraction(name, warmup_steps
 def test_shapes():
     assert rates(name="constant", warmup_steps=0) == [2.0] * 20
     linear = rates(name="linear", warmup_steps=1)
-    steps = [before - after for before, after in zip(linear, linear[1:], strict=False)]
+    steps = [before - after for before, after in pairwise(linear)]
     assert steps == pytest.approx([0.1] * 19)
     cosine = rates(name="cosine", warmup_steps=1)
     assert cosine[10] == pytest.approx(1.0)  # half-way down

@@ -79,5 +79,5 @@ def test_all_differences_are_shown_at_once():
 def test_an_option_that_the_older_run_did_not_have():
     saved = asdict(CONFIG)
     del saved["objective"]["symmetric"]
-    with pytest.raises(UserError, match="objective.symmetric: 'unset' -> False"):
+    with pytest.raises(UserError, match=r"objective\.symmetric: 'unset' -> False"):
         check_same_run(saved, asdict(CONFIG), folder="x")

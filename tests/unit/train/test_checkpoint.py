@@ -1,0 +1,276 @@
+"""Checkpoints: whole or not at all, bit-identical, and only into the same model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from largebatch.config import OptimConfig
+from largebatch.errors import UserError
+from largebatch.losses.infonce import ContrastiveLoss
+from largebatch.losses.temperature import Temperature
+from largebatch.train import checkpoint
+from largebatch.train.checkpoint import (
+    Best,
+    TrainState,
+    checkpoint_path,
+    list_checkpoints,
+    load_best,
+    load_encoder_weights,
+    load_optimizer,
+    load_random_state,
+    load_weights,
+    read_details,
+    read_random_state,
+    remove_old,
+    save_checkpoint,
+)
+from largebatch.train.optim import make_optimizer
+
+CPU = torch.device("cpu")
+
+
+class Tied(torch.nn.Module):
+    """Has what is awkward to save: shared, transposed and integer tensors, and a scalar."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.embed = torch.nn.Embedding(6, width)
+        self.out = torch.nn.Linear(width, 6)
+        self.out.weight = self.embed.weight
+        self.turned = torch.nn.Parameter(torch.randn(3, width).T)
+        self.unused = torch.nn.Parameter(torch.randn(2))
+        self.register_buffer("count", torch.tensor(7))
+
+
+def make_state(seed, *, width=4, steps=0):
+    torch.manual_seed(seed)
+    encoder = Tied(width)
+    loss = ContrastiveLoss(Temperature(0.1, learned=True))
+    state = TrainState(encoder, loss, make_optimizer([encoder, loss], OptimConfig()))
+    for _ in range(steps):
+        value = encoder.out(encoder.embed.weight).sum() + (encoder.turned**2).sum()
+        (value * loss.temperature()).backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+    return state
+
+
+def save(folder, step, state, *, best=None, **details):
+    save_checkpoint(
+        folder,
+        step,
+        state,
+        random_states=[read_random_state(CPU)],
+        best=best,
+        details={"config": {}, **details},
+    )
+
+
+def tensors(state):
+    """Return every tensor of a state by name."""
+    found = {
+        f"{prefix}.{name}": tensor
+        for prefix, module in state.modules().items()
+        for name, tensor in module.state_dict().items()
+    }
+    for number, entries in state.optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{number}.{name}": value for name, value in entries.items()}
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def test_round_trip_is_bit_identical(tmp_path):
+    state = make_state(0, steps=3)
+    save(tmp_path, 3, state, elapsed_s=1.5)
+    other = make_state(1, steps=1)
+    load_weights(tmp_path, 3, other)
+    load_optimizer(tmp_path, 3, other)
+    assert_equal(tensors(other), tensors(state))
+    assert sum(name.startswith("optimizer") for name in tensors(state)) == 12  # 4 have moments
+    details = read_details(tmp_path, 3)
+    assert (details["step"], details["world_size"], details["elapsed_s"]) == (3, 1, 1.5)
+
+
+def test_optimizer_goes_on_as_if_never_stopped(tmp_path):
+    save(tmp_path, 3, make_state(0, steps=3))
+    resumed = make_state(1)
+    load_weights(tmp_path, 3, resumed)
+    load_optimizer(tmp_path, 3, resumed)
+    straight = make_state(0, steps=4)
+    value = resumed.encoder.out(resumed.encoder.embed.weight).sum()
+    value = value + (resumed.encoder.turned**2).sum()
+    (value * resumed.loss.temperature()).backward()
+    resumed.optimizer.step()
+    assert_equal(tensors(resumed), tensors(straight))
+
+
+def test_encoder_alone(tmp_path):
+    state, encoder = make_state(0), Tied()
+    save(tmp_path, 1, state)
+    load_encoder_weights(tmp_path, 1, encoder)
+    assert_equal(encoder.state_dict(), state.encoder.state_dict())
+
+
+def test_names_do_not_depend_on_order_and_nothing_is_a_pickle(tmp_path):
+    save(tmp_path, 1, make_state(0, steps=1))
+    folder = checkpoint_path(tmp_path, 1)
+    assert {path.name for path in folder.iterdir()} == {
+        "weights.safetensors",
+        "optimizer.safetensors",
+        "random.safetensors",
+        "state.json",
+    }
+    assert "exp_avg.loss.temperature.log_scale" in load_file(folder / "optimizer.safetensors")
+    assert "encoder.out.bias" in load_file(folder / "weights.safetensors")
+
+
+def test_random_state_of_each_rank(tmp_path):
+    states, expected = [], []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        states.append(read_random_state(CPU))
+        expected.append(torch.rand(3))
+    save_checkpoint(
+        tmp_path, 1, make_state(0), random_states=states, best=None, details={"config": {}}
+    )
+    for rank in (1, 0):
+        load_random_state(tmp_path, 1, rank=rank, device=CPU)
+        assert torch.equal(torch.rand(3), expected[rank])
+    with pytest.raises(UserError, match=r"lacks 'cpu\.2'"):
+        load_random_state(tmp_path, 1, rank=2, device=CPU)
+
+
+def test_half_written_one_is_ignored_and_removed(tmp_path):
+    save(tmp_path, 1, make_state(0))
+    partial = tmp_path / ".step_00000002.partial"
+    partial.mkdir()
+    (partial / "state.json").write_text("{}")
+    (tmp_path / "step_00000003").mkdir()  # no state.json: not a checkpoint
+    assert list_checkpoints(tmp_path) == [1]
+    remove_old(tmp_path, keep_last=1, best=None)
+    assert not partial.exists()
+    assert list_checkpoints(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_a_full_disk_leaves_the_earlier_one(tmp_path, monkeypatch, number):
+    """Whatever write fails: the error is told, the earlier checkpoint stays, nothing is left."""
+    state = make_state(0, steps=1)
+    save(tmp_path, 1, state)
+    calls = []
+
+    def failing(function, name):
+        def call(*args, **kwargs):
+            calls.append(name)
+            if len(calls) == number + 1:
+                raise OSError(28, "No space left on device")
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(checkpoint, "save_file", failing(checkpoint.save_file, "save"))
+    monkeypatch.setattr(checkpoint, "_flush", failing(checkpoint._flush, "flush"))
+    monkeypatch.setattr(Path, "rename", failing(Path.rename, "rename"))
+    with pytest.raises(UserError, match=r"checkpoint .*step_00000002 can't be written: .*No space"):
+        save(tmp_path, 2, make_state(1, steps=2))
+    assert list_checkpoints(tmp_path) == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    other = make_state(2)
+    load_weights(tmp_path, 1, other)
+    load_optimizer(tmp_path, 1, other)
+    assert_equal(tensors(other), tensors(state))
+    assert calls == ["save", "save", "save", "flush", "rename"][: number + 1]
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("victim", ["save_file", "_flush"])
+def test_a_kill_leaves_the_earlier_one(tmp_path, monkeypatch, victim):
+    save(tmp_path, 1, make_state(0))
+
+    def killed(*args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, victim, killed)
+        with pytest.raises(Killed):
+            save(tmp_path, 2, make_state(1))
+    assert list_checkpoints(tmp_path) == [1]
+    load_weights(tmp_path, 1, make_state(2))
+    save(tmp_path, 2, make_state(1))  # what is left over is in nobody's way
+    assert list_checkpoints(tmp_path) == [1, 2]
+
+
+def test_retention(tmp_path):
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step, make_state(0), best=Best(20, 0.5) if step >= 20 else None)
+        remove_old(tmp_path, keep_last=2, best=load_best(tmp_path))
+    assert list_checkpoints(tmp_path) == [20, 30, 40]
+    assert load_best(tmp_path) == Best(20, 0.5)
+    remove_old(tmp_path, keep_last=1, best=None)
+    assert list_checkpoints(tmp_path) == [40]
+    assert load_best(tmp_path) is None  # noted, but gone
+
+
+def test_no_checkpoints(tmp_path):
+    assert list_checkpoints(tmp_path / "missing") == []
+    assert load_best(tmp_path / "missing") is None
+
+
+def test_another_model(tmp_path):
+    save(tmp_path, 1, make_state(0, steps=1))
+    wider = make_state(0, width=5)
+    with pytest.raises(UserError, match=r"is of another model: .*size mismatch") as caught:
+        load_weights(tmp_path, 1, wider)
+    assert "\n" not in str(caught.value)
+    smaller = torch.nn.Linear(2, 2)
+    loss = ContrastiveLoss()
+    for state in (
+        wider,
+        TrainState(smaller, loss, make_optimizer([smaller, loss], OptimConfig())),
+    ):
+        with pytest.raises(UserError, match="is of another model"):
+            load_optimizer(tmp_path, 1, state)
+
+
+@pytest.mark.parametrize(
+    ("file", "load"),
+    [
+        ("weights.safetensors", load_weights),
+        ("optimizer.safetensors", load_optimizer),
+        ("state.json", lambda folder, step, _: read_details(folder, step)),
+        (
+            "random.safetensors",
+            lambda folder, step, _: load_random_state(folder, step, rank=0, device=CPU),
+        ),
+    ],
+)
+def test_damaged_files(tmp_path, file, load):
+    state = make_state(0, steps=1)
+    save(tmp_path, 1, state)
+    path = checkpoint_path(tmp_path, 1) / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match="can't be read"):
+        load(tmp_path, 1, state)
+    path.unlink()
+    with pytest.raises(UserError, match="can't be read"):
+        load(tmp_path, 1, state)
+
+
+def test_another_format(tmp_path):
+    save(tmp_path, 1, make_state(0))
+    path = checkpoint_path(tmp_path, 1) / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(UserError, match="has format 99"):
+        read_details(tmp_path, 1)

@@ -1,0 +1,157 @@
+"""StepMeter: means over steps and ranks, and the end of a run whose numbers are not finite."""
+
+import time
+
+import pytest
+import torch
+from dist import run_ranks
+from numerics.reference import random_texts, tiny_encoder, tiny_loss
+
+from largebatch.batch import RankBatch, Texts
+from largebatch.config import DataConfig, SourceConfig, TrainConfig
+from largebatch.data.schedule import Schedule
+from largebatch.errors import UserError
+from largebatch.gradcache import GradCache
+from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.ddp import ReplicatedModel
+from largebatch.train.metrics import StepMeter
+from largebatch.train.optim import make_optimizer
+from largebatch.train.step import train_step
+from largebatch.world import part_of_rank
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(
+    global_batch=7,
+    max_steps=10,
+    tokens_per_chunk=60,
+    data=DataConfig(sources={"mine": SourceConfig(urls=["shards"])}),
+)
+SCHEDULE = Schedule([40], global_batch=7, seed=0, lanes=2)
+
+
+class Parts:
+    """A run of one or more ranks without a trainer."""
+
+    def __init__(self):
+        self.encoder = tiny_encoder(dtype=torch.float32)
+        self.loss = tiny_loss(symmetric=False, dtype=torch.float32)
+        self.collectives = Collectives()
+        self.strategy = ReplicatedModel([self.encoder, self.loss], self.collectives)
+        self.optimizer = make_optimizer([self.encoder, self.loss], CONFIG.optim)
+        self.grad_cache = GradCache(
+            self.encoder,
+            self.loss,
+            tokens_per_chunk=CONFIG.tokens_per_chunk,
+            gradient_pass=self.strategy.gradient_pass,
+        )
+        self.meter = StepMeter(CPU, self.collectives, CONFIG, 100.0)
+
+    def step(self, number):
+        world = self.collectives.world
+        rows = part_of_rank(7, world.rank, world.size)
+        sides = [random_texts(7, longest=9, seed=2 * number + side) for side in range(2)]
+        queries, documents = (Texts.from_lists([side[row] for row in rows]) for side in sides)
+        batch = RankBatch(
+            number, [str(row) for row in rows], queries, documents, Texts.from_lists([]), len(rows)
+        )
+        result = train_step(
+            batch,
+            grad_cache=self.grad_cache,
+            strategy=self.strategy,
+            optimizer=self.optimizer,
+            config=CONFIG,
+        )
+        self.meter.add(batch, result)
+        return result
+
+    def read(self, step):
+        return self.meter.read(step, SCHEDULE, self.strategy, self.loss)
+
+
+def two_steps():
+    parts = Parts()
+    results = [parts.step(number) for number in range(2)]
+    return (
+        parts.read(2),
+        [float(r.report.loss) for r in results],
+        [float(r.grad_norm) for r in results],
+        parts.step(2).report.num_tokens,
+        parts.read(3),
+    )
+
+
+def test_means_over_steps_and_ranks():
+    single = two_steps()
+    for values, losses, norms, _, after in (single, *run_ranks(two_steps, 2)):
+        assert losses == pytest.approx(single[1], rel=1e-4)
+        assert values["train/loss"] == pytest.approx(sum(losses) / 2)
+        assert values["train/grad_norm"] == pytest.approx(sum(norms) / 2)
+        assert values["train/truncated_share"] == 0.5  # 7 noted of 14 texts a step
+        assert values["train/epoch"] == pytest.approx(2 / 5)
+        assert values["train/pairs_seen"] == 14
+        assert values["train/temperature"] == pytest.approx(0.2, rel=0.01)
+        assert 0 <= values["train/padding_share"] < 0.6
+        assert 0 <= values["train/data_wait_share"] < 1
+        assert 0.05 < values["train/memory_gib"] < 20
+        assert values["train/elapsed_s"] > 100  # what earlier processes trained counts
+        # Seconds for two steps, so pairs and tokens of all ranks go over the same duration.
+        duration_s = 14 / values["train/pairs_per_s"]
+        tokens = sum(
+            len(text)
+            for number in range(2)
+            for side in range(2)
+            for text in random_texts(7, longest=9, seed=2 * number + side)
+        )
+        assert values["train/tokens_per_s"] * duration_s == pytest.approx(tokens)
+        assert values["train/eta_s"] == pytest.approx(8 * duration_s / 2)
+        assert after["train/pairs_seen"] == 21
+        assert after["train/loss"] != values["train/loss"]  # only what came since
+
+
+def test_pauses_count_nowhere_and_waits_do():
+    parts = Parts()
+    parts.step(0)
+    with parts.meter.waiting_for_data():
+        time.sleep(0.1)
+    before = parts.meter.elapsed_s
+    with parts.meter.paused():
+        time.sleep(0.4)
+    assert parts.meter.elapsed_s - before < 0.2
+    values = parts.read(1)
+    duration_s = 7 / values["train/pairs_per_s"]
+    assert duration_s < 0.4 + 0.1 + 0.2
+    assert values["train/data_wait_share"] * duration_s == pytest.approx(0.1, abs=0.05)
+
+
+def poisoned(bad_rank, logged_every):
+    """Plant a NaN in one rank's weights before the second step."""
+    parts = Parts()
+    parts.step(0)
+    if logged_every == 1:
+        parts.read(1)
+    if parts.collectives.world.rank == bad_rank:
+        with torch.no_grad():
+            next(parts.encoder.backbone.parameters()).fill_(torch.nan)
+    for number in range(1, 1 + logged_every):
+        parts.step(number)
+    with pytest.raises(UserError) as caught:
+        parts.read(1 + logged_every)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("logged_every", [1, 3])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_loss_that_is_not_finite_names_step_and_ranks(size, logged_every):
+    """Also where several steps passed since the last look, which spoil all ranks."""
+    bad = size - 1
+    if size == 1:
+        found = [poisoned(0, logged_every)]
+    else:
+        tiny_encoder()  # imports before the fork
+        found = run_ranks(poisoned, size, bad, logged_every)
+    for message in found:
+        assert message.startswith(
+            f"step 2: loss or gradient is not finite (embeddings of ranks [{bad}]"
+        )
+        assert "lower optim.lr" in message
+        assert "\n" not in message
