@@ -80,6 +80,10 @@ class Running:
         (found,) = [p for p in children if p.environ().get("RANK") == str(number)]
         return found
 
+    def _has_error_file(self) -> bool:
+        # os.walk, since folders vanish under the search, and pathlib's glob fails on that.
+        return any("error.json" in files for _, _, files in os.walk(self.temporary))
+
     def wait(self, timeout_s: float = 60) -> Done:
         """Wait for its end; no process of it may be left then."""
         deadline = self.since + timeout_s
@@ -92,7 +96,7 @@ class Running:
                 if time.monotonic() > deadline:
                     raise
             # A busy machine takes long to start ranks; what counts begins with this file.
-            if not failed and any(self.temporary.glob("**/error.json")):
+            if not failed and self._has_error_file():
                 failed, self.since = True, time.monotonic()
         ending_s = time.monotonic() - self.since
         assert self.alive() == []

@@ -33,7 +33,7 @@ def run_ranks(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout_s: float = 120.0,
+    timeout_s: float = 240.0,
     init_group: bool = True,
 ) -> list[Any]:
     """Call `fn(*args)` on `world_size` ranks and return each rank's result, in rank order.

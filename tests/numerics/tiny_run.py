@@ -48,12 +48,12 @@ def write_data(folder: Path) -> Path:
 
 def tiny_config(data: Path, output: Path, **changes) -> TrainConfig:
     """Return a config with everything that a resume could get wrong."""
-    settings = dict(
-        output_dir=str(output),
-        global_batch=15,
-        tokens_per_chunk=60,
-        max_steps=STEPS,
-        backbone=BackboneConfig(
+    settings = {
+        "output_dir": str(output),
+        "global_batch": 15,
+        "tokens_per_chunk": 60,
+        "max_steps": STEPS,
+        "backbone": BackboneConfig(
             vocab_size=300,
             config={
                 "hidden_size": 16,
@@ -63,17 +63,17 @@ def tiny_config(data: Path, output: Path, **changes) -> TrainConfig:
                 "hidden_dropout_prob": 0.1,
             },
         ),
-        text=TextConfig(query_max_tokens=12, document_max_tokens=16),
-        temperature=TemperatureConfig(value=0.1, learned=True),
-        data=DataConfig(
+        "text": TextConfig(query_max_tokens=12, document_max_tokens=16),
+        "temperature": TemperatureConfig(value=0.1, learned=True),
+        "data": DataConfig(
             sources={"tiny": SourceConfig(urls=[str(data / "shards")])}, workers=1, lanes=4
         ),
-        schedule=ScheduleConfig(name="cosine", warmup_steps=2),
-        logger=LoggerConfig(wandb="disabled", plots=False),
-        eval=EvalConfig(dev={"dev": str(data / "dev")}, every_steps=2),
-        checkpoint=CheckpointConfig(every_steps=STOP, keep_last=3),
-        hardware=HardwareConfig(threads=1, device="cpu"),
-    )
+        "schedule": ScheduleConfig(name="cosine", warmup_steps=2),
+        "logger": LoggerConfig(wandb="disabled", plots=False),
+        "eval": EvalConfig(dev={"dev": str(data / "dev")}, every_steps=2),
+        "checkpoint": CheckpointConfig(every_steps=STOP, keep_last=3),
+        "hardware": HardwareConfig(threads=1, device="cpu"),
+    }
     return TrainConfig(**(settings | changes))
 
 
