@@ -45,7 +45,7 @@ def test_the_cpu_where_there_is_no_gpu(name):
 
 
 def test_cuda_where_there_is_none():
-    with pytest.raises(UserError, match="torch sees no GPU; use hardware.device=cpu"):
+    with pytest.raises(UserError, match=r"torch sees no GPU; use hardware\.device=cpu"):
         choose_device("cuda", World())
 
 
