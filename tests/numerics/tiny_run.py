@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from dist import run_ranks
+from numerics.reference import tiny_encoder
 from safetensors.torch import load_file
 
 from largebatch.config import (
@@ -29,6 +30,7 @@ STEPS, STOP = 6, 3
 
 def write_data(folder: Path) -> Path:
     """Write shards/ and dev/."""
+    tiny_encoder()  # imports here, once, what each rank would import after its fork
     with ShardWriter(folder / "shards", records_per_shard=40) as writer:
         for n in range(90):
             text = f"{'number ' * (n % 5)}{n} and {n * n % 97}"

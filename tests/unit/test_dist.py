@@ -1,5 +1,6 @@
 """run_ranks: results in order, failures with their trace, and no rank that outlives it."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -172,3 +173,15 @@ def test_two_ranks_cost_well_under_a_second() -> None:
         run_ranks(dist.get_rank, 2)
         times.append(time.monotonic() - start)
     assert min(times) < 1
+
+
+def test_ranks_leave_the_parents_garbage_alone() -> None:
+    """A store in it would wait for its thread, which did not survive the fork."""
+    gc.disable()
+    try:
+        garbage: list[object] = [dist.TCPStore("127.0.0.1", 0, is_master=True)]
+        garbage.append(garbage)
+        del garbage
+        run_ranks(gc.collect, 2, timeout_s=10)
+    finally:
+        gc.enable()
