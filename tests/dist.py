@@ -108,8 +108,8 @@ def _run_rank(
     init_group: bool,
 ) -> None:
     os.setpgid(0, 0)  # so that a kill takes the rank's loader workers too
-    # Never collect the parent's garbage: a store of an earlier call may be among it, whose end would
-    # wait for a thread that did not survive the fork.
+    # Never collect the parent's garbage: a store of an earlier call may be among it, whose end
+    # would wait for a thread that did not survive the fork.
     gc.freeze()
     # Says where the rank hangs, and ends it even if the test's process is gone.
     faulthandler.dump_traceback_later(timeout_s, exit=True, file=stack_file)
