@@ -101,12 +101,15 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for row, color in zip(rows, ("#c8641e", "#2c8c56", "#2b6cb8"), strict=True):
+    colors = {64: "#c8641e", 512: "#2c8c56", 4096: "#2b6cb8"}
+    label_y = -1.0
+    for row in sorted(rows, key=lambda row: float(row["curve"][-1][1])):
+        color = colors[row["batch"]]
         pairs, scores = zip(*row["curve"], strict=True)
         axes.plot(pairs, scores, marker="o", markersize=3.5, linewidth=2, color=color)
         axes.annotate(
             f"  batch {row['batch']:,}: {scores[-1]:.3f}",
-            (pairs[-1], scores[-1]),
+            (pairs[-1], label_y := max(scores[-1], label_y + 0.03)),
             color=color,
             va="center",
         )
