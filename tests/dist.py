@@ -51,11 +51,13 @@ def run_ranks(
     assert not torch.cuda.is_initialized(), "a process that holds a GPU cannot be forked"
     context = multiprocessing.get_context("fork")
     with ExitStack() as stack:
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ranks: list[_Rank] = []
+        starts: list[Connection] = []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             stack.callback(receiver.close)
+            start_receiver, start = context.Pipe(duplex=False)
+            stack.callback(start.close)
             stack_file = stack.enter_context(tempfile.TemporaryFile("w+"))
             environment = {
                 "RANK": str(rank),
@@ -63,7 +65,6 @@ def run_ranks(
                 "WORLD_SIZE": str(world_size),
                 "LOCAL_WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(store.port),
                 # The store lives here, as it lives in torchrun's agent: no port can be taken twice.
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "TORCHELASTIC_RESTART_COUNT": "0",
@@ -71,7 +72,16 @@ def run_ranks(
             }
             process = context.Process(
                 target=_run_rank,
-                args=(fn, args, environment, sender, stack_file, timeout_s, init_group),
+                args=(
+                    fn,
+                    args,
+                    environment,
+                    start_receiver,
+                    sender,
+                    stack_file,
+                    timeout_s,
+                    init_group,
+                ),
             )
             with warnings.catch_warnings():
                 # Python 3.12 warns of forking beside threads; ranks use none of the parent's.
@@ -79,7 +89,15 @@ def run_ranks(
                 process.start()
             stack.callback(_kill, process)
             sender.close()
+            start_receiver.close()
+            starts.append(start)
             ranks.append(_Rank(process, receiver, stack_file))
+        # Only now, for the store has a thread: a lock that it held would stay locked in a rank that
+        # was forked at that instant.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for start in starts:
+            with suppress(BrokenPipeError):  # a rank that died already: found out below
+                start.send(store.port)
         outcomes = _collect(ranks, timeout_s)
         _raise_failure(ranks, outcomes, timeout_s)
     return [outcomes[rank].result for rank in range(world_size)]
@@ -102,6 +120,7 @@ def _run_rank(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
     environment: dict[str, str],
+    start: Connection,
     sender: Connection,
     stack_file: IO[str],
     timeout_s: float,
@@ -113,7 +132,7 @@ def _run_rank(
     gc.freeze()
     # Says where the rank hangs, and ends it even if the test's process is gone.
     faulthandler.dump_traceback_later(timeout_s, exit=True, file=stack_file)
-    os.environ.update(environment)
+    os.environ.update(environment | {"MASTER_PORT": str(start.recv())})
     torch.set_num_threads(1)  # the parent's thread pool did not survive the fork
     try:
         if init_group:
