@@ -1,0 +1,67 @@
+"""The schema of every option: typed, keyword-only dataclasses with defaults, units and checks.
+
+The yaml files in `conf/` are presets that are checked against these classes; nothing here knows of
+Hydra. The string under a field is its documentation, and what `largebatch <command> --help` prints.
+"""
+
+from largebatch.config.checks import suggest
+from largebatch.config.data import CurriculumConfig, DataConfig, SourceConfig
+from largebatch.config.model import (
+    POOLINGS,
+    BackboneConfig,
+    ObjectiveConfig,
+    PoolingConfig,
+    TemperatureConfig,
+    TextConfig,
+)
+from largebatch.config.tools import (
+    DedupConfig,
+    EncodeConfig,
+    EvaluateConfig,
+    ExportConfig,
+    IndexConfig,
+    PairsConfig,
+    ShardConfig,
+    VerifyConfig,
+)
+from largebatch.config.train import (
+    SCHEDULES,
+    CheckpointConfig,
+    EvalConfig,
+    HardwareConfig,
+    LoggerConfig,
+    OptimConfig,
+    ScheduleConfig,
+    StrategyConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "POOLINGS",
+    "SCHEDULES",
+    "BackboneConfig",
+    "CheckpointConfig",
+    "CurriculumConfig",
+    "DataConfig",
+    "DedupConfig",
+    "EncodeConfig",
+    "EvalConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "HardwareConfig",
+    "IndexConfig",
+    "LoggerConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "PairsConfig",
+    "PoolingConfig",
+    "ScheduleConfig",
+    "ShardConfig",
+    "SourceConfig",
+    "StrategyConfig",
+    "TemperatureConfig",
+    "TextConfig",
+    "TrainConfig",
+    "VerifyConfig",
+    "suggest",
+]

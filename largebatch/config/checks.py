@@ -1,0 +1,56 @@
+"""What checks of options share."""
+
+import difflib
+from collections.abc import Iterable
+
+from largebatch.errors import UserError
+
+
+def suggest(value: str, allowed: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the nearest allowed value, or an empty string.
+
+    >>> suggest("maen", ["cls", "mean"])
+    " (did you mean 'mean'?)"
+    """
+    near = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+class Faults:
+    """Collects what is wrong with a config, so that all of it is reported at once."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def one_of(self, option: str, value: str, allowed: Iterable[str]) -> None:
+        """Note a value that is not among the allowed ones, with the nearest of them."""
+        names = list(allowed)
+        if value not in names:
+            self.found.append(
+                f"{option}={value!r} is not one of {', '.join(names)}{suggest(value, names)}"
+            )
+
+    def at_least(self, option: str, value: float, minimum: float) -> None:
+        """Note a number below its minimum (or not a number)."""
+        if not value >= minimum:
+            self.found.append(f"{option}={value} must be at least {minimum}")
+
+    def above(self, option: str, value: float, minimum: float) -> None:
+        """Note a number that is not above a bound."""
+        if not value > minimum:
+            self.found.append(f"{option}={value} must be above {minimum}")
+
+    def unit_interval(self, option: str, value: float) -> None:
+        """Note a number outside [0, 1]."""
+        if not 0 <= value <= 1:
+            self.found.append(f"{option}={value} must lie between 0 and 1")
+
+    def check(self, holds: bool, message: str) -> None:
+        """Note a message unless something holds."""
+        if not holds:
+            self.found.append(message)
+
+    def finish(self) -> None:
+        """Raise UserError with all that was noted, if anything was."""
+        if self.found:
+            raise UserError("; ".join(self.found))

@@ -1,0 +1,112 @@
+"""Options of the model and the objective."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from largebatch.config.checks import Faults
+
+POOLINGS = ("cls", "mean", "last", "weighted_mean")
+
+
+@dataclass(kw_only=True)
+class BackboneConfig:
+    """The transformers model that turns tokens into hidden states."""
+
+    path: str | None = None
+    """Pre-trained model: a transformers or sentence-transformers folder, or a hub name. Unset: from
+    scratch, by `model_type` and `config`."""
+    model_type: str = "bert"
+    """From scratch only: transformers' name of the architecture (bert, modernbert, qwen3, ...)."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """From scratch only: entries of that architecture's transformers config."""
+    tokenizer: str | None = None
+    """Tokenizer folder or hub name. Unset: the one at `path`, or, from scratch, one that is trained
+    on the training shards."""
+    vocab_size: int = 16000
+    """Entries of a tokenizer that is trained here."""
+    attention: str = "sdpa"
+    """transformers' attention implementation: sdpa, eager, flash_attention_2, ..."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.check(
+            self.path != "",
+            "backbone.path is empty: name a model folder or hub name, for example "
+            "backbone.path=FOLDER",
+        )
+        faults.at_least("backbone.vocab_size", self.vocab_size, 300)
+        faults.check(
+            self.path is None or not self.config,
+            "backbone.config is for a model from scratch; with backbone.path use an experiment "
+            "that has none, such as quickstart_pretrained",
+        )
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class PoolingConfig:
+    """How the hidden states of a text become one embedding."""
+
+    mode: str = "mean"
+    """cls (first token), mean, last (last token), weighted_mean (token i weighs i, SGPT)."""
+    normalize: bool = True
+    """Whether embeddings have unit length, so that a dot product is the cosine."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.one_of("pooling.mode", self.mode, POOLINGS)
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class TextConfig:
+    """Prompts and lengths of the two sides; used by training, evaluation and export alike."""
+
+    query_prompt: str | None = None
+    """Put before every query. Unset: the checkpoint's own prompt, or none."""
+    document_prompt: str | None = None
+    """Put before every document. Unset: the checkpoint's own prompt, or none."""
+    query_max_tokens: int = 128
+    """Longest query in training, prompt and special tokens included; the rest is cut."""
+    document_max_tokens: int = 256
+    """Longest document in training. Evaluation and export cut both sides at the larger number."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.at_least("text.query_max_tokens", self.query_max_tokens, 4)
+        faults.at_least("text.document_max_tokens", self.document_max_tokens, 4)
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class TemperatureConfig:
+    """The temperature that similarities are divided by before the softmax."""
+
+    value: float = 0.05
+    """Temperature, or where a learned one starts."""
+    learned: bool = False
+    """Whether it is trained, as the logarithm of its inverse (the logit scale)."""
+    min: float = 0.01
+    """A learned temperature never falls below this (CLIP: 0.01)."""
+    max: float = 1.0
+    """A learned temperature never rises above this."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.above("temperature.value", self.value, 0)
+        faults.above("temperature.min", self.min, 0)
+        if self.learned:
+            faults.check(
+                self.min <= self.value <= self.max,
+                f"temperature.value={self.value} must lie between temperature.min={self.min} "
+                f"and temperature.max={self.max}",
+            )
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """What is minimized: InfoNCE over the documents of the whole global batch."""
+
+    symmetric: bool = False
+    """Whether documents must also find their query among all queries (as in CLIP and GTE)."""

@@ -1,0 +1,246 @@
+"""Options of the commands around training."""
+
+from dataclasses import dataclass, field
+
+from largebatch.config.checks import Faults
+from largebatch.config.train import DEVICES
+from largebatch.errors import UserError
+
+LAYOUTS = ("packed", "samples")
+
+
+@dataclass(kw_only=True)
+class PairsConfig:
+    """Write pairs from text that is on this machine, as shards with a held-out retrieval set."""
+
+    output_dir: str = "data/code"
+    """Gets train/ (shards), dev/ and test/ (BEIR layout). Kept for the next run."""
+    paths: list[str] = field(default_factory=list)
+    """Folders with Python packages. Unset: the standard library and site-packages."""
+    workers: int = 0
+    """Processes. 0: one per core."""
+    max_pairs: int = 200_000
+    """Upper bound of training pairs."""
+    dev_documents: int = 1000
+    """Documents of the development set, from packages that are not trained on."""
+    test_documents: int = 2500
+    """Documents of the test set, from packages that are neither trained on nor in dev."""
+    records_per_shard: int = 10_000
+    """Records in one tar file."""
+    overwrite: bool = False
+    """Whether to write anew what is there."""
+    debug: bool = False
+    """Whether an error shows its traceback."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.at_least("workers", self.workers, 0)
+        faults.at_least("max_pairs", self.max_pairs, 1)
+        faults.at_least("dev_documents", self.dev_documents, 1)
+        faults.at_least("test_documents", self.test_documents, 1)
+        faults.at_least("records_per_shard", self.records_per_shard, 1)
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class ShardConfig:
+    """Turn jsonl, csv, tsv, parquet or a Hugging Face dataset into numbered tar shards."""
+
+    input: list[str] = field(default_factory=list)
+    """Files (globs allowed; .jsonl, .csv, .tsv, .parquet, also .gz or .zst), a folder saved by
+    `datasets` or in BEIR layout, or hf:NAME or hf:NAME:SUBSET for a data set of the hub."""
+    output_dir: str = "shards"
+    """Gets shard-000000.tar, ... and index.json."""
+    source: str = ""
+    """Name of the source, written into each record. Unset: the row's own, else the input's name."""
+    split: str = "train"
+    """Split of a Hugging Face data set, or qrels/SPLIT.tsv of a BEIR folder."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Which field is what, as {query: title, document: body}. Unset: recognized by name."""
+    records_per_shard: int = 10_000
+    """Records in one tar file."""
+    layout: str = "packed"
+    """packed (a member holds up to 1,000 records as compressed JSON lines: small and quick to
+    read) or samples (a member a record, as plain webdataset pipelines expect)."""
+    min_chars: int = 1
+    """A record with a shorter query or document is dropped and counted."""
+    max_chars: int = 200_000
+    """A record with a longer text is dropped and counted; training would refuse it."""
+    deduplicate: bool = True
+    """Whether a pair that was already written is dropped and counted."""
+    overwrite: bool = False
+    """Whether to replace shards that are there."""
+    debug: bool = False
+    """Whether an error shows its traceback."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.check(
+            bool(self.input), "input is empty; name files, for example input=[pairs.jsonl]"
+        )
+        faults.at_least("records_per_shard", self.records_per_shard, 1)
+        faults.one_of("layout", self.layout, LAYOUTS)
+        faults.at_least("min_chars", self.min_chars, 1)
+        faults.at_least("max_chars", self.max_chars, self.min_chars)
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class IndexConfig:
+    """Write index.json for tar shards that others made."""
+
+    shards: list[str] = field(default_factory=list)
+    """Tar files (braces and globs allowed), all in one folder, which gets index.json."""
+    workers: int = 0
+    """Processes that read shards. 0: one per core."""
+    overwrite: bool = False
+    """Whether to replace an index.json that is there."""
+    debug: bool = False
+    """Whether an error shows its traceback."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.check(
+            bool(self.shards), "shards is empty; name tar files, for example shards=[data/*.tar]"
+        )
+        faults.at_least("workers", self.workers, 0)
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class VerifyConfig:
+    """Check shards against their index: presence, size, checksum, records, decodable fields."""
+
+    shards: str = "shards"
+    """Folder with index.json."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Which field is what. Unset: recognized by name."""
+    debug: bool = False
+    """Whether an error shows its traceback."""
+
+
+@dataclass(kw_only=True)
+class DedupConfig:
+    """Leave out duplicates and what evaluation sets contain, and write the rest as new shards."""
+
+    sources: dict[str, str] = field(default_factory=dict)
+    """Folders with shards, by the source's name; an earlier source keeps what a later one has."""
+    output_dir: str = "deduplicated"
+    """Gets a folder of shards for each source, and report.json."""
+    near: bool = True
+    """Whether near duplicates go too, by MinHash (Broder 1997)."""
+    threshold: float = 0.8
+    """Jaccard similarity of the sets of word n-grams from which two pairs are near duplicates."""
+    ngram_words: int = 3
+    """Words in a row that make one element of a text's set."""
+    num_hashes: int = 128
+    """Length of a MinHash signature; more is more exact and slower."""
+    evaluation_sets: dict[str, str] = field(default_factory=dict)
+    """BEIR folders, by name; pairs that hold one of their queries or passages are left out."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Which field of a record is what. Unset: recognized by name."""
+    workers: int = 0
+    """Processes. 0: one per core."""
+    records_per_shard: int = 10_000
+    """Records in one tar file."""
+    overwrite: bool = False
+    """Whether to replace what is there."""
+    debug: bool = False
+    """Whether an error shows its traceback."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.check(
+            bool(self.sources), "sources is empty; name folders, for example sources.mine=shards"
+        )
+        faults.check(
+            0 < self.threshold <= 1, f"threshold={self.threshold} must be above 0 and at most 1"
+        )
+        faults.at_least("ngram_words", self.ngram_words, 1)
+        faults.at_least("num_hashes", self.num_hashes, 16)
+        faults.at_least("workers", self.workers, 0)
+        faults.at_least("records_per_shard", self.records_per_shard, 1)
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Score a model on retrieval sets in BEIR layout."""
+
+    model: str = ""
+    """Exported model (a sentence-transformers folder) or hub name."""
+    sets: dict[str, str] = field(default_factory=dict)
+    """Retrieval sets by name: folders with corpus.jsonl, queries.jsonl, qrels/."""
+    split: str = "test"
+    """Which qrels/SPLIT.tsv is used."""
+    bm25: bool = False
+    """Whether BM25 is scored too, for comparison."""
+    output: str | None = None
+    """JSON file for the scores."""
+    batch_tokens: int = 16384
+    """Padded tokens per chunk."""
+    device: str = "auto"
+    """auto (cuda where there is one), cuda or cpu."""
+    debug: bool = False
+    """Whether an error shows its traceback."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.check(
+            bool(self.model), "model is empty; name a folder, for example model=runs/x/model"
+        )
+        faults.check(bool(self.sets), "sets is empty; for example sets.test=data/code/test")
+        faults.at_least("batch_tokens", self.batch_tokens, 1)
+        faults.one_of("device", self.device, DEVICES)
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class EncodeConfig:
+    """Embed the lines of a text or jsonl file and write them as a .npy matrix."""
+
+    model: str = ""
+    """Exported model (a sentence-transformers folder) or hub name."""
+    input: str = ""
+    """Text file (a text a line) or .jsonl file."""
+    output: str = "embeddings.npy"
+    """Gets float32 [number of texts, width], in the order of the input."""
+    side: str = "document"
+    """query or document: whose prompt is put before each text."""
+    field: str = "text"
+    """Field of a jsonl record that holds the text."""
+    batch_tokens: int = 16384
+    """Padded tokens per chunk."""
+    device: str = "auto"
+    """auto (cuda where there is one), cuda or cpu."""
+    debug: bool = False
+    """Whether an error shows its traceback."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.check(
+            bool(self.model), "model is empty; name a folder, for example model=runs/x/model"
+        )
+        faults.check(bool(self.input), "input is empty; name a .txt or .jsonl file")
+        faults.one_of("side", self.side, ("query", "document"))
+        faults.at_least("batch_tokens", self.batch_tokens, 1)
+        faults.one_of("device", self.device, DEVICES)
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """Write a checkpoint of a run as a sentence-transformers folder."""
+
+    run: str = ""
+    """Run folder of `largebatch train`."""
+    checkpoint: str = "best"
+    """best, last, or a step number."""
+    output_dir: str | None = None
+    """Where to. Unset: model/ in the run folder."""
+    debug: bool = False
+    """Whether an error shows its traceback."""
+
+    def __post_init__(self) -> None:
+        if not self.run:
+            raise UserError("run is empty; name a run folder, for example run=runs/quickstart")

@@ -1,0 +1,237 @@
+"""Options of a training run."""
+
+from dataclasses import dataclass, field
+
+from largebatch.config.checks import Faults
+from largebatch.config.data import DataConfig
+from largebatch.config.model import (
+    BackboneConfig,
+    ObjectiveConfig,
+    PoolingConfig,
+    TemperatureConfig,
+    TextConfig,
+)
+
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+PRECISIONS = ("float32", "bf16")
+DEVICES = ("auto", "cpu", "cuda")
+STRATEGIES = ("ddp",)
+KEEPS = ("none", "all")
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov and Hutter 2019)."""
+
+    lr: float = 2e-4
+    """Highest learning rate."""
+    weight_decay: float = 0.01
+    """Decoupled decay of matrices; biases, norms and the temperature never decay."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.98
+    """Decay of the second moment."""
+    eps: float = 1e-6
+    """Added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient. 0: not clipped, only measured."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.above("optim.lr", self.lr, 0)
+        faults.at_least("optim.weight_decay", self.weight_decay, 0)
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            faults.check(0 <= beta < 1, f"optim.{name}={beta} must lie in [0, 1)")
+        faults.above("optim.eps", self.eps, 0)
+        faults.at_least("optim.clip_norm", self.clip_norm, 0)
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """The learning rate over the run."""
+
+    name: str = "cosine"
+    """cosine, linear, constant, or wsd (warm-up, stable, decay: linear decay at the end)."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up from 0."""
+    decay_fraction: float = 0.2
+    """wsd only: share of the run that the final decay takes."""
+    final_fraction: float = 0.0
+    """Share of the highest rate that remains at the end."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.one_of("schedule.name", self.name, SCHEDULES)
+        faults.at_least("schedule.warmup_steps", self.warmup_steps, 0)
+        faults.unit_interval("schedule.decay_fraction", self.decay_fraction)
+        faults.unit_interval("schedule.final_fraction", self.final_fraction)
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class StrategyConfig:
+    """How the model is spread over the ranks."""
+
+    name: str = "ddp"
+    """ddp: every rank holds the whole model; gradients are averaged once per step."""
+    timeout_s: float = 600.0
+    """Seconds after which a rank that waits for others gives up."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.one_of("strategy.name", self.name, STRATEGIES)
+        faults.above("strategy.timeout_s", self.timeout_s, 0)
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class LoggerConfig:
+    """What is written while training. `metrics.jsonl` in the run folder always is."""
+
+    every_steps: int = 1
+    """Steps between two entries."""
+    wandb: str = "offline"
+    """offline (no account needed; `wandb sync` sends it later), online or disabled."""
+    project: str = "largebatch"
+    """Project in wandb."""
+    plots: bool = True
+    """Whether plots/*.png are drawn at the end."""
+    records: bool = False
+    """Whether the ids of each step's records are written to records/ in the run folder."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.at_least("logger.every_steps", self.every_steps, 1)
+        faults.one_of("logger.wandb", self.wandb, WANDB_MODES)
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Retrieval sets in BEIR layout that are scored during and after training."""
+
+    dev: dict[str, str] = field(default_factory=dict)
+    """Sets scored during training, by name: folders. The first one's nDCG@10 chooses the best
+    checkpoint."""
+    test: dict[str, str] = field(default_factory=dict)
+    """Sets scored at the end (and before the first step if `before` is set)."""
+    every_steps: int = 0
+    """Steps between two evaluations of `dev`. 0: five times over the run."""
+    before: bool = True
+    """Whether `dev` and `test` are scored before the first step, as a baseline."""
+    bm25: bool = False
+    """Whether BM25 is scored on `test` too, for comparison."""
+    batch_tokens: int = 16384
+    """Padded tokens per chunk when encoding."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.at_least("eval.every_steps", self.every_steps, 0)
+        faults.at_least("eval.batch_tokens", self.batch_tokens, 1)
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When the run is saved, and what is kept."""
+
+    every_steps: int = 0
+    """Steps between two checkpoints. 0: ten times over the run. The last step is always saved."""
+    keep_last: int = 2
+    """How many of the newest checkpoints stay."""
+    keep_best: bool = True
+    """Whether the checkpoint with the best dev score stays too, and is what gets exported."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.at_least("checkpoint.every_steps", self.every_steps, 0)
+        faults.at_least("checkpoint.keep_last", self.keep_last, 1)
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class HardwareConfig:
+    """How to run; nothing here changes what is computed, but for rounding."""
+
+    ranks: int = 1
+    """Processes that `largebatch train` starts on this machine. Under torchrun: ignored."""
+    threads: int = 0
+    """CPU threads per process. 0: the machine's cores divided by the processes on it."""
+    device: str = "auto"
+    """auto (cuda where there is one), cuda or cpu."""
+    precision: str = "float32"
+    """float32, or bf16 autocast in the encoder. Weights, loss and optimizer stay float32."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.at_least("hardware.ranks", self.ranks, 1)
+        faults.at_least("hardware.threads", self.threads, 0)
+        faults.one_of("hardware.device", self.device, DEVICES)
+        faults.one_of("hardware.precision", self.precision, PRECISIONS)
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Pre-train an embedding model; running the same command again resumes it."""
+
+    name: str = "run"
+    """Name of the run, in wandb and on the plots."""
+    output_dir: str = "runs/${name}"
+    """The run folder."""
+    seed: int = 0
+    """Decides weights from scratch, order of the data and dropout."""
+    global_batch: int = 1024
+    """Pairs per optimizer step, over all ranks."""
+    tokens_per_chunk: int = 16384
+    """Padded tokens that go through the encoder at once: bounds the memory of a step."""
+    keep: str = "none"
+    """What the first pass keeps for the backward pass: none (each chunk is embedded again: least
+    memory) or all (no second forward pass: memory of the plain full batch)."""
+    max_steps: int = 1000
+    """Optimizer steps of the run."""
+    debug: bool = False
+    """Whether an error shows its traceback."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    pooling: PoolingConfig = field(default_factory=PoolingConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.at_least("global_batch", self.global_batch, 2)
+        faults.at_least("tokens_per_chunk", self.tokens_per_chunk, 1)
+        faults.one_of("keep", self.keep, KEEPS)
+        faults.at_least("max_steps", self.max_steps, 1)
+        faults.check(
+            self.global_batch >= self.hardware.ranks,
+            f"global_batch={self.global_batch} is smaller than hardware.ranks, "
+            f"{self.hardware.ranks}",
+        )
+        faults.check(
+            bool(self.data.sources),
+            "data.sources is empty; name one, for example data.sources.mine.urls=[shards/]",
+        )
+        for phase in self.data.curriculum:
+            for side in ("query", "document"):
+                option = f"{side}_max_tokens"
+                now, most = getattr(phase, option), getattr(self.text, option)
+                faults.check(
+                    now is None or now <= most,
+                    f"data.curriculum.*.{option}={now} is more than text.{option}={most}; raise "
+                    "the latter, which is what the trained model takes",
+                )
+        for name, source in self.data.sources.items():
+            faults.check(bool(source.urls), f"data.sources.{name}.urls is empty; name its shards")
+        faults.finish()
