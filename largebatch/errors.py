@@ -9,7 +9,7 @@ class UserError(ValueError):
     """
 
 
-class DataFault(UserError):
+class DataError(UserError):
     """A shard or a record that can't be used: what `data.on_fault` decides about.
 
     The message names the shard, the member and the byte offset as far as they are known.
@@ -23,7 +23,7 @@ class DataFault(UserError):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword arguments are lost otherwise on the way between processes.
-        return _data_fault, (str(self), self.kind)
+        return _data_error, (str(self), self.kind)
 
 
 FAULT_KINDS = (
@@ -39,5 +39,5 @@ FAULT_KINDS = (
 )
 
 
-def _data_fault(message: str, kind: str) -> DataFault:
-    return DataFault(message, kind=kind)
+def _data_error(message: str, kind: str) -> DataError:
+    return DataError(message, kind=kind)
