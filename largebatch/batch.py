@@ -40,13 +40,28 @@ class Texts(NamedTuple):
         return len(self.lengths)
 
 
+class Hole(NamedTuple):
+    """One row of a global batch that is left out, since its record can't be used."""
+
+    step: int
+    """Step of the batch, from 0."""
+    row: int
+    """Row of the global batch."""
+    source: str
+    """Name of the source."""
+    kind: str
+    """One of `errors.FAULT_KINDS`."""
+    reason: str
+    """What is wrong, and where."""
+
+
 class RankBatch(NamedTuple):
     """One rank's part of a global batch. Row `i` of queries and of documents is one pair."""
 
     step: int
     """Number of the optimizer step that this batch is for, from 0."""
     ids: list[str]
-    """`[b]`, the ids of the records."""
+    """`[b]`, the ids of the records, each with its source before it: `source/id`."""
     queries: Texts
     """`b` texts."""
     documents: Texts
@@ -55,6 +70,12 @@ class RankBatch(NamedTuple):
     """`n` texts (any number), further columns for every query of the global batch."""
     num_truncated: int
     """How many texts were cut at their side's maximum number of tokens."""
+    symmetric: bool | None = None
+    """Whether the batch is matched both ways, the same on all ranks; None: as the loss says."""
+    num_holes: int = 0
+    """Rows of this rank's part that are missing, since their records can't be used."""
+    new_holes: list[Hole] = []
+    """Those of them that no earlier process of the run has noted."""
 
 
 class Chunk(NamedTuple):

@@ -108,8 +108,13 @@ class GradCache:
         queries: Sequence[str] | Sequence[Sequence[int]] | Texts,
         documents: Sequence[str] | Sequence[Sequence[int]] | Texts,
         negatives: Sequence[str] | Sequence[Sequence[int]] | Texts | None = None,
+        *,
+        symmetric: bool | None = None,
     ) -> StepReport:
-        """Do the same and return the loss with what else was found out on the way."""
+        """Do the same and return the loss with what else was found out on the way.
+
+        `symmetric` overrides the loss's for this batch; all ranks must pass the same.
+        """
         sides = [
             self._tokens(queries, "query"),
             self._tokens(documents, "document"),
@@ -142,7 +147,7 @@ class GradCache:
 
         # 2. Loss, and its gradient with respect to the embeddings.
         leaf_nd = embeddings_nd.requires_grad_()
-        value = self.objective(*leaf_nd.split(sizes))
+        value = self.objective(*leaf_nd.split(sizes), symmetric=symmetric)
         with self.gradient_pass():
             value.rank_loss.backward()
             assert leaf_nd.grad is not None

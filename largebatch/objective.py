@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from largebatch.errors import UserError
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.parallel.collectives import Collectives
 
@@ -39,9 +40,24 @@ class ContrastiveObjective:
         self.collectives = collectives
 
     def __call__(
-        self, queries_bd: Tensor, documents_bd: Tensor, negatives_nd: Tensor
+        self,
+        queries_bd: Tensor,
+        documents_bd: Tensor,
+        negatives_nd: Tensor,
+        *,
+        symmetric: bool | None = None,
     ) -> ObjectiveValue:
-        """Return the loss. All ranks must call it; b and n may differ between them, and be 0."""
+        """Return the loss. All ranks must call it; b and n may differ between them, and be 0.
+
+        Args:
+            queries_bd: This rank's queries.
+            documents_bd: Their documents.
+            negatives_nd: Further documents.
+            symmetric: The same on all ranks; None: as the loss says.
+
+        Raises:
+            UserError: No rank has a query.
+        """
         world = self.collectives.world
         b, n = len(queries_bd), len(negatives_nd)
         numbers = torch.tensor([b, n], device=queries_bd.device)
@@ -49,14 +65,17 @@ class ContrastiveObjective:
         columns = self.collectives.gather_rows(
             torch.cat([documents_bd, negatives_nd]), [b + n for b, n in rows_per_rank]
         )
+        num_rows = sum(b for b, _ in rows_per_rank)
+        if num_rows == 0:
+            raise UserError("the global batch has no pairs; all of its records were skipped")
         first_column = sum(columns.counts[: world.rank])
         result = self.loss.sum_over_rows(
             queries_bd,
             columns.rows,
             torch.arange(first_column, first_column + b, device=queries_bd.device),
+            symmetric=symmetric,
             combine_columns=self.collectives.combine_logsumexp,
         )
-        num_rows = sum(b for b, _ in rows_per_rank)
         totals = self.collectives.sum(
             torch.stack([result.loss_sum.detach(), result.correct.sum().to(result.loss_sum.dtype)])
         )

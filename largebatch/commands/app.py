@@ -16,7 +16,7 @@ from largebatch.commands.failures import is_rank, report
 from largebatch.commands.flags import Line, parse_line
 from largebatch.commands.launch import launch, prepare_rank
 from largebatch.commands.options import nearest
-from largebatch.commands.table import COMMANDS, Command
+from largebatch.commands.table import COMMANDS, Command, actions_of
 from largebatch.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,9 +54,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
-    from largebatch.commands.help import general_help
+    from largebatch.commands.help import actions_help, general_help
 
     name, *rest = arguments or ["--help"]
+    if actions := actions_of(name):
+        if rest and rest[0] in ("-h", "--help"):
+            print(actions_help(name))
+            return 0
+        name, rest = f"{name} {_action(name, rest, actions)}", rest[1:]
     if name in ("-h", "--help", "help"):
         print(general_help())
     elif name == "--version":
@@ -70,6 +75,18 @@ def _dispatch(arguments: Sequence[str]) -> int:
         hint = f"; did you mean {near}?" if near else ""
         raise UserError(f"{name!r} is not a command{hint} (commands: {', '.join(COMMANDS)})")
     return 0
+
+
+def _action(name: str, rest: Sequence[str], actions: Sequence[str]) -> str:
+    """Return the action of a command that has several."""
+    word = rest[0] if rest else ""
+    if word not in actions:
+        near = nearest(word, actions)
+        says = f"{word!r} is no action of {name}" if word else f"{name} needs an action"
+        hint = f"; did you mean {near}?" if near else ""
+        forms = " or ".join(f"`largebatch {name} {action} ...`" for action in actions)
+        raise UserError(f"{says}{hint} (it is {forms})")
+    return word
 
 
 def _run_command(command: Command, line: Line) -> int:
@@ -116,30 +133,32 @@ def plan_jobs(presets: "Presets", overrides: Sequence[str], *, multirun: bool) -
     configs = [compose(presets, job) for job in texts]
     built = [build(config) for config in configs]
     if len(configs) > 1:
-        own_folders = _own_folders(configs, labels)
+        own_folders = _own_folders(configs, labels, presets.command.folder_option)
         texts = [[*job, *own] for job, own in zip(texts, own_folders, strict=True)]
         built = [build(compose(presets, job)) for job in texts]
     return [Job(*parts) for parts in zip(labels, texts, built, strict=True)]
 
 
-def _own_folders(configs: "Sequence[DictConfig]", labels: Sequence[str]) -> list[list[str]]:
-    """Return overrides that give each job of a sweep a folder (and a name) of its own.
+def _own_folders(
+    configs: "Sequence[DictConfig]", labels: Sequence[str], option: str | None
+) -> list[list[str]]:
+    """Return overrides that give each job of a sweep a folder (and a run a name) of its own.
 
-    Jobs that have different folders already, because the sweep is over `output_dir` or over
-    something that it refers to, keep them.
+    `option` is what names the folder. Jobs that have different folders already, because the sweep
+    is over it or over something that it refers to, keep them.
     """
     from largebatch.commands.overrides import quote
 
-    if "output_dir" not in configs[0]:
+    if option is None or option not in configs[0]:
         return [[] for _ in configs]
-    folders = [str(config.output_dir) for config in configs]
+    folders = [str(config[option]) for config in configs]
     if len(set(folders)) == len(folders):
         return [[] for _ in configs]
     own = []
     for config, folder, label in zip(configs, folders, labels, strict=True):
         part = re.sub(r"[^\w.,=+-]", "_", label)
-        own.append([f"output_dir={quote(f'{folder}/{part}')}"])
-        if "name" in config:
+        own.append([f"{option}={quote(f'{folder}/{part}')}"])
+        if option == "output_dir" and "name" in config:
             own[-1].append(f"name={quote(f'{config.name}/{part}')}")
     return own
 

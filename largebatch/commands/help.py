@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from largebatch.commands.flags import FLAGS
 from largebatch.commands.options import Option, list_options, name_type
-from largebatch.commands.table import COMMANDS
+from largebatch.commands.table import COMMANDS, actions_of
 
 if TYPE_CHECKING:
     from largebatch.commands.presets import Presets
@@ -30,6 +30,28 @@ def general_help() -> str:
             "  largebatch train quickstart   train on it, with evaluation and export",
             "",
             "`largebatch COMMAND --help` explains every option; `largebatch --version` says which.",
+        ]
+    )
+
+
+def actions_help(name: str) -> str:
+    """List what a command of several actions can do."""
+    actions = actions_of(name)
+    width = max(map(len, actions))
+    return "\n".join(
+        [
+            f"Usage: largebatch {name} ACTION [PRESET] [OPTION=VALUE ...]",
+            "",
+            "Actions:",
+            *(f"  {a:<{width}}  {COMMANDS[f'{name} {a}'].summary}" for a in actions),
+            "",
+            "Examples:",
+            *(
+                f"  largebatch {name} {action} {COMMANDS[f'{name} {action}'].examples[0]}"
+                for action in actions
+            ),
+            "",
+            f"`largebatch {name} ACTION --help` explains every option.",
         ]
     )
 

@@ -5,12 +5,14 @@ from rich.console import Console
 from largebatch.commands.progress import byte_progress
 from largebatch.config import IndexConfig
 from largebatch.data.index import INDEX_NAME
-from largebatch.data.verify import build_index, shard_files
+from largebatch.data.scan import build_index, shard_files
 from largebatch.errors import UserError
 
 
 def run(config: IndexConfig) -> None:
     """Print the plan, read every shard once, write index.json beside them and print its counts.
+
+    A run that was stopped is gone on with by the next one.
 
     Raises UserError if there is an index already (without `overwrite`), and as `shard_files` and
     `build_index` do.
@@ -24,8 +26,9 @@ def run(config: IndexConfig) -> None:
     total = sum(path.stat().st_size for path in paths)
     console.print(f"indexing    {len(paths):,} shards, {total / 1e6:,.1f} MB, in {folder}")
     with byte_progress("reading shards", total) as on_bytes:
-        index = build_index(paths, on_bytes=on_bytes)
-    index.save(folder)
+        index = build_index(
+            paths, workers=config.workers, on_bytes=on_bytes, on_fault=console.print
+        )
     num_segments = sum(len(shard.segments) for shard in index.shards)
     console.print(
         f"{target}: {index.num_records:,} records in {len(index.shards):,} shards, "

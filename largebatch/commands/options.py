@@ -35,11 +35,15 @@ class Place(NamedTuple):
 
 
 def list_options(config_class: type[Any], prefix: str = "") -> Iterator[Option]:
-    """Yield the leaves of a config class, in the order of its fields, plain options first."""
+    """Yield the leaves of a config class, in the order of its fields, plain options first.
+
+    Of a class that extends another one, its own options come before the others.
+    """
     hints = typing.get_type_hints(config_class)
     documentation = _field_documentation(config_class)
     names = [field.name for field in dataclasses.fields(config_class)]
-    for name in sorted(names, key=lambda name: dataclasses.is_dataclass(hints[name])):
+    own = inspect.get_annotations(config_class)
+    for name in sorted(names, key=lambda n: (dataclasses.is_dataclass(hints[n]), n not in own)):
         if dataclasses.is_dataclass(hints[name]):
             yield from list_options(hints[name], f"{prefix}{name}.")
         else:
@@ -134,9 +138,12 @@ def _unknown(config_class: type[Any], key: str, parent: str, siblings: list[str]
 
 def _field_documentation(config_class: type[Any]) -> dict[str, str]:
     """Return the string under each field. Python keeps none at run time, so the source is read."""
+    found: dict[str, str] = {}
+    for parent in config_class.__bases__:
+        if dataclasses.is_dataclass(parent):
+            found |= _field_documentation(parent)
     (definition,) = ast.parse(inspect.getsource(config_class)).body
     assert isinstance(definition, ast.ClassDef)
-    found = {}
     for field, below in zip(definition.body, definition.body[1:], strict=False):
         if (
             isinstance(field, ast.AnnAssign)

@@ -51,7 +51,9 @@ class Presets(NamedTuple):
 @contextmanager
 def open_presets(command: Command, config_dir: Path | None = None) -> Iterator[Presets]:
     """Make the presets and schemas known to Hydra for the duration of a `with` block."""
-    ConfigStore.instance().store(name=f"{command.name}_schema", node=command.config_class)
+    # Where several commands share a primary config, its schema is the class of the one that runs.
+    schema_name = f"{command.primary_config}_schema"
+    ConfigStore.instance().store(name=schema_name, node=command.config_class)
     GlobalHydra.instance().clear()
     folders = (conf_folder(), *([config_dir] if config_dir else []))
     opened = (
@@ -77,7 +79,7 @@ def _find_groups(command: Command, folders: tuple[Path, ...]) -> dict[str, list[
     # The folders are read here because Hydra takes a tenth of a second to list its groups.
     hints = typing.get_type_hints(command.config_class)
     names = {name for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
-    names |= {command.preset_group} | ({"debug"} if command.name == "train" else set())
+    names |= {command.preset_group} | ({"debug"} if command.primary_config == "train" else set())
     found = {
         name: sorted({file.stem for folder in folders for file in folder.glob(f"{name}/*.yaml")})
         for name in sorted(names)
@@ -86,7 +88,7 @@ def _find_groups(command: Command, folders: tuple[Path, ...]) -> dict[str, list[
 
 
 def _lists_preset(command: Command) -> bool:
-    primary = OmegaConf.load(conf_folder() / f"{command.name}.yaml")
+    primary = OmegaConf.load(conf_folder() / f"{command.primary_config}.yaml")
     assert isinstance(primary, DictConfig)
     defaults = primary.get("defaults") or []
     return any(

@@ -4,17 +4,20 @@ import importlib
 from typing import Any, NamedTuple
 
 from largebatch import config as schema
+from largebatch.config.tools import DataShowConfig, DataStatsConfig
 
 
 class Command(NamedTuple):
-    """One word after `largebatch`."""
+    """The word after `largebatch`, or two: a command and what it is to do."""
 
     name: str
-    """The word itself; also the name of its primary config and of its module in `commands/`."""
+    """The words; also the name of its primary config and of its module in `commands/`."""
     config_class: type[Any]
     """The dataclass that the composed config becomes, and the argument of `run`."""
     examples: tuple[str, ...]
     """Command lines for `--help`, without the leading `largebatch NAME`."""
+    folder_option: str | None = "output_dir"
+    """The option that names the folder that it writes, which jobs of a sweep must not share."""
 
     @property
     def summary(self) -> str:
@@ -22,9 +25,16 @@ class Command(NamedTuple):
         return (self.config_class.__doc__ or "").partition("\n")[0]
 
     @property
+    def primary_config(self) -> str:
+        """Name of the file in `conf/` that it is composed from: that of `train` for all that is
+        configured as a run is.
+        """
+        return "train" if issubclass(self.config_class, schema.TrainConfig) else self.name
+
+    @property
     def preset_group(self) -> str:
         """The config group that a bare word after the command chooses from."""
-        return "experiment" if self.name == "train" else self.name
+        return "experiment" if self.primary_config == "train" else self.name
 
     @property
     def starts_ranks(self) -> bool:
@@ -33,7 +43,8 @@ class Command(NamedTuple):
 
     def run(self, config: Any) -> None:
         """Import the command's module and run it; imports nothing heavy before that."""
-        importlib.import_module(f"largebatch.commands.{self.name}").run(config)
+        module = self.name.replace(" ", "_")
+        importlib.import_module(f"largebatch.commands.{module}").run(config)
 
 
 COMMANDS = {
@@ -62,6 +73,34 @@ COMMANDS = {
         Command("index", schema.IndexConfig, ("'shards=[data/*.tar]'",)),
         Command("verify", schema.VerifyConfig, ("shards=shards",)),
         Command(
+            "dedup",
+            schema.DedupConfig,
+            (
+                "sources.forum=forum/train sources.wiki=wiki/train",
+                "sources.mine=shards evaluation_sets.test=data/code/test near=false",
+            ),
+        ),
+        Command(
+            "data show",
+            DataShowConfig,
+            (
+                "quickstart step=123",
+                "quickstart step=123 rows=all format=jsonl",
+                "data.sources.mine.urls=[shards/] global_batch=64 step=1",
+            ),
+            folder_option=None,
+        ),
+        Command(
+            "data stats",
+            DataStatsConfig,
+            (
+                "quickstart",
+                "quickstart sample=0 stats_dir=stats",
+                "data.sources.mine.urls=[shards/] backbone.tokenizer=FOLDER",
+            ),
+            folder_option="stats_dir",
+        ),
+        Command(
             "evaluate",
             schema.EvaluateConfig,
             ("model=runs/quickstart/model sets.test=data/code/test bm25=true",),
@@ -78,3 +117,9 @@ COMMANDS = {
         ),
     )
 }
+
+
+def actions_of(word: str) -> list[str]:
+    """Return the second words of the commands that begin with a word: `data` has show and stats."""
+    pairs = [name.partition(" ") for name in COMMANDS]
+    return [action for first, _, action in pairs if first == word and action]

@@ -25,7 +25,7 @@ def run(config: VerifyConfig) -> None:
         f"{total / 1e6:,.1f} MB, in {folder}"
     )
     with byte_progress("reading shards", total) as on_bytes:
-        problems = verify(folder, fields=config.fields, on_bytes=on_bytes)
+        problems = verify(folder, fields=config.fields, workers=0, on_bytes=on_bytes)
     for problem in problems:
         console.print(problem)
     if problems:

@@ -94,7 +94,8 @@ class DataConfig:
     """What a shard or record that can't be used does. fail: ends the run, and says where it is;
     skip: leaves its place in the batch empty, and notes it in the run folder's holes/."""
     max_skipped_share: float = 0.001
-    """on_fault=skip only: the run ends if more than this share of its pairs were skipped."""
+    """on_fault=skip only: the run ends once more than this share of its pairs so far (counted as
+    a million at least, since one bad segment holds a thousand) were skipped."""
     lanes: int = 64
     """How many places of a source a global batch is drawn from. More mixes better and buffers
     more segments (about 1,000 records each)."""
@@ -130,6 +131,12 @@ class DataConfig:
             self.batches == "one_source" or self.tail == "carry",
             "data.tail=drop is for data.batches=one_source; mixed batches have no tail to drop, "
             "so set data.tail=carry",
+        )
+        faults.check(
+            not any(phase.weights for phase in self.curriculum)
+            or all(source.weight is not None for source in self.sources.values()),
+            "data.curriculum changes weights, and data.sources.*.weight is unset; give each source "
+            "the weight that it starts with",
         )
         self._check_weights(faults)
         self._check_curriculum(faults)

@@ -1,9 +1,10 @@
 """Options of the commands around training."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from largebatch.config.checks import Faults
-from largebatch.config.train import DEVICES
+from largebatch.config.train import DEVICES, TrainConfig
 from largebatch.errors import UserError
 
 LAYOUTS = ("packed", "samples")
@@ -130,11 +131,13 @@ class DedupConfig:
     near: bool = True
     """Whether near duplicates go too, by MinHash (Broder 1997)."""
     threshold: float = 0.8
-    """Jaccard similarity of the sets of word n-grams from which two pairs are near duplicates."""
+    """Jaccard similarity of the sets of word n-grams, of the queries and of the documents, from
+    which two pairs are near duplicates."""
     ngram_words: int = 3
     """Words in a row that make one element of a text's set."""
     num_hashes: int = 128
-    """Length of a MinHash signature; more is more exact and slower."""
+    """Length of a pair's MinHash signature, half of it the query's; more needs fewer comparisons
+    of texts, and more time and disk for hashes."""
     evaluation_sets: dict[str, str] = field(default_factory=dict)
     """BEIR folders, by name; pairs that hold one of their queries or passages are left out."""
     fields: dict[str, str] = field(default_factory=dict)
@@ -244,3 +247,57 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if not self.run:
             raise UserError("run is empty; name a run folder, for example run=runs/quickstart")
+
+
+@dataclass(kw_only=True)
+class DataShowConfig(TrainConfig):
+    """Print the global batch that an optimizer step of a run trains on."""
+
+    step: int = 1
+    """The step, counted from 1 as the console and metrics.jsonl of a run count: step=1 is the
+    first batch, step=123 what the line `step 123` was trained on."""
+    rows: int | str = 10
+    """How many rows are printed, spread evenly over the batch. 0 or all: every row."""
+    format: str = "text"
+    """text (for people) or jsonl (for programs: one row of the batch a line, nothing else)."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.at_least("step", self.step, 1)
+        faults.check(
+            self.step <= max(self.max_steps, 1),
+            f"step={self.step} is never trained on: max_steps={self.max_steps} is the last one",
+        )
+        faults.check(
+            self.rows == "all" or (isinstance(self.rows, int) and self.rows >= 0),
+            f"rows={self.rows} must be a number from 0 on, or all",
+        )
+        faults.one_of("format", self.format, ("text", "jsonl"))
+        _finish_with(faults, super().__post_init__)
+
+
+@dataclass(kw_only=True)
+class DataStatsConfig(TrainConfig):
+    """Count and plot what the sources of a run hold, good and bad."""
+
+    sample: int = 10_000
+    """Records per source that are looked into, from all over the source. 0: all of them."""
+    examples: int = 3
+    """Records per source that are shown."""
+    stats_dir: str = "data_stats"
+    """Gets stats.json, lengths_characters.png and, where a tokenizer is at hand,
+    lengths_tokens.png."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.at_least("sample", self.sample, 0)
+        faults.at_least("examples", self.examples, 0)
+        _finish_with(faults, super().__post_init__)
+
+
+def _finish_with(faults: Faults, check_others: Callable[[], None]) -> None:
+    try:
+        check_others()
+    except UserError as error:
+        faults.found.append(str(error))
+    faults.finish()

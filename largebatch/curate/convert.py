@@ -72,7 +72,9 @@ def convert(
     default_source = config.source or inputs[0].name
     seen: set[bytes] = set()
     rows = ignored_positives = 0
-    with ShardWriter(folder, records_per_shard=config.records_per_shard) as writer:
+    with ShardWriter(
+        folder, records_per_shard=config.records_per_shard, layout=config.layout
+    ) as writer:
         for source in inputs:
             for row in read_rows(source, split=config.split, on_bytes=on_bytes):
                 rows += 1

@@ -1,10 +1,15 @@
 """What index.json says of the shards in a folder: records, sizes, checksums and byte ranges."""
 
 import json
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self, overload
+
+import numpy as np
+import numpy.typing as npt
+import orjson
 
 from largebatch.data.locations import is_remote, read_bytes
 from largebatch.errors import UserError
@@ -14,7 +19,12 @@ MAX_SEGMENT_RECORDS = 1000
 # Bounds the memory of one read where records are large. A single record may exceed it.
 MAX_SEGMENT_BYTES = 32 * 2**20
 
-_FORMAT, _VERSION = "largebatch-index", 1
+_FORMAT, _VERSION = "largebatch-index", 2
+# Version 1 had no crc32.
+_COLUMNS = {1: 3, 2: 4}
+_BLOCK_BYTES = 2**20
+
+Int64Array = npt.NDArray[np.int64]
 
 
 class Segment(NamedTuple):
@@ -23,9 +33,79 @@ class Segment(NamedTuple):
     offset: int
     """Byte at which its first record's header begins."""
     num_bytes: int
-    """Its size; it ends where the next segment begins."""
+    """Its size; it ends where the next segment begins, or before."""
     num_records: int
-    """Records in it, at most 1,000."""
+    """Records in it, at most 1,000 in shards that were written here."""
+    crc32: int = -1
+    """Checksum of its bytes, as of `zlib.crc32`; -1 if the index is too old to have one."""
+
+
+class SegmentTable(Sequence[Segment]):
+    """Segments as columns of numbers: 32 bytes each, for there may be millions."""
+
+    def __init__(self, columns: Int64Array) -> None:
+        assert columns.ndim == 2
+        assert len(columns) == len(Segment._fields)
+        self._columns = columns
+
+    @classmethod
+    def of(cls, segments: Iterable[Segment]) -> Self:
+        """Put segments into a table."""
+        rows = np.array(list(segments), np.int64).reshape(-1, len(Segment._fields))
+        return cls(np.ascontiguousarray(rows.T))
+
+    @classmethod
+    def concatenate(cls, tables: Sequence["SegmentTable"]) -> Self:
+        """Join tables, in order."""
+        return cls(np.concatenate([table._columns for table in tables], axis=1))
+
+    @property
+    def offsets(self) -> Int64Array:
+        """`[S]`, the byte at which each begins."""
+        column: Int64Array = self._columns[0]
+        return column
+
+    @property
+    def num_bytes(self) -> Int64Array:
+        """`[S]`, the size of each."""
+        column: Int64Array = self._columns[1]
+        return column
+
+    @property
+    def num_records(self) -> Int64Array:
+        """`[S]`, the records of each."""
+        column: Int64Array = self._columns[2]
+        return column
+
+    @property
+    def crc32(self) -> Int64Array:
+        """`[S]`, the checksum of each, or -1."""
+        column: Int64Array = self._columns[3]
+        return column
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @overload
+    def __getitem__(self, item: int) -> Segment: ...
+    @overload
+    def __getitem__(self, item: slice) -> "SegmentTable": ...
+    def __getitem__(self, item: int | slice) -> "Segment | SegmentTable":
+        if isinstance(item, slice):
+            return SegmentTable(self._columns[:, item])
+        return Segment(*self._columns[:, item].tolist())
+
+    def __iter__(self) -> Iterator[Segment]:
+        return (Segment(*row) for row in self._columns.T.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SegmentTable) and np.array_equal(self._columns, other._columns)
+
+    def __hash__(self) -> int:
+        return hash(self._columns.tobytes())
+
+    def __repr__(self) -> str:
+        return f"SegmentTable.of({list(self)})"
 
 
 class Shard(NamedTuple):
@@ -39,8 +119,26 @@ class Shard(NamedTuple):
     """Size of the file."""
     sha256: str
     """Checksum of the file, in hexadecimal."""
-    segments: tuple[Segment, ...]
+    segments: SegmentTable
     """All its records, in the order of the file."""
+
+
+def shard_to_json(shard: Shard) -> str:
+    """Return a shard's entry in the index, one line."""
+    return json.dumps(shard._asdict() | {"segments": [list(s) for s in shard.segments]})
+
+
+def shard_from_json(entry: Any, *, num_columns: int = len(Segment._fields)) -> Shard:
+    """Make a shard of its decoded entry; raises ValueError, KeyError or TypeError."""
+    shard = Shard(
+        str(entry["file"]),
+        _count(entry["num_records"]),
+        _count(entry["num_bytes"]),
+        str(entry["sha256"]),
+        _table(entry["segments"], num_columns),
+    )
+    _check_shard(shard)
+    return shard
 
 
 class ShardIndex(NamedTuple):
@@ -59,12 +157,15 @@ class ShardIndex(NamedTuple):
     def save(self, folder: Path) -> None:
         """Write index.json, aside first, so that no reader ever sees a part of it."""
         aside = folder / f"{INDEX_NAME}.partial"
-        shards = ",\n".join(json.dumps(shard._asdict()) for shard in self.shards)
-        aside.write_text(
-            f'{{"format": "{_FORMAT}", "version": {_VERSION}, "num_records": {self.num_records},\n'
-            f'"dropped": {json.dumps(dict(self.dropped))},\n"shards": [\n{shards}\n]}}\n',
-            encoding="utf-8",
-        )
+        with aside.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(
+                f'{{"format": "{_FORMAT}", "version": {_VERSION}, '
+                f'"num_records": {self.num_records},\n'
+                f'"dropped": {json.dumps(dict(self.dropped))},\n"shards": [\n'
+            )
+            for i, shard in enumerate(self.shards):
+                file.write(f"{',' * (i > 0)}{shard_to_json(shard)}\n")
+            file.write("]}\n")
         aside.replace(folder / INDEX_NAME)
 
     @classmethod
@@ -84,7 +185,7 @@ class ShardIndex(NamedTuple):
                 f"`largebatch index 'shards=[{str(folder).rstrip('/')}/*.tar]'`"
             ) from None
         try:
-            return cls._parse(json.loads(data))
+            return cls._parse(orjson.loads(data))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             detail = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(
@@ -94,20 +195,15 @@ class ShardIndex(NamedTuple):
 
     @classmethod
     def _parse(cls, content: Any) -> Self:
-        if content["format"] != _FORMAT or content["version"] != _VERSION:
-            raise ValueError(f"it is not of format {_FORMAT!r}, version {_VERSION}")
+        if content["format"] != _FORMAT or content["version"] not in _COLUMNS:
+            raise ValueError(f"it is not of format {_FORMAT!r}, version 1 to {_VERSION}")
+        num_columns = _COLUMNS[content["version"]]
+        entries = content["shards"]
+        entries.reverse()
         shards = []
-        for entry in content["shards"]:
-            segments = tuple(Segment(*map(_count, segment)) for segment in entry["segments"])
-            shard = Shard(
-                str(entry["file"]),
-                _count(entry["num_records"]),
-                _count(entry["num_bytes"]),
-                str(entry["sha256"]),
-                segments,
-            )
-            _check_shard(shard)
-            shards.append(shard)
+        while entries:
+            # One after another, for as lists an entry takes many times the memory.
+            shards.append(shard_from_json(entries.pop(), num_columns=num_columns))
         index = cls(tuple(shards), {str(k): _count(v) for k, v in content["dropped"].items()})
         if index.num_records != content["num_records"]:
             raise ValueError("num_records is not the sum over the shards")
@@ -116,25 +212,54 @@ class ShardIndex(NamedTuple):
         return index
 
 
-def cut_segments(samples: Sequence[tuple[int, int]]) -> tuple[Segment, ...]:
-    """Cut a shard, given as the first and last byte offset of each sample, into segments.
+class Stretch(NamedTuple):
+    """Bytes of a shard that hold whole records: a sample, or a packed member."""
 
-    >>> cut_segments([(0, 1024), (1024, 2048)])
-    (Segment(offset=0, num_bytes=2048, num_records=2),)
+    begin: int
+    """Byte at which its first header begins."""
+    end: int
+    """Byte after it."""
+    num_records: int
+    """Records in it."""
+    is_packed: bool
+    """Whether it is a packed member, which is a segment of its own."""
+
+
+def cut_segments(stretches: Iterable[Stretch]) -> list[Segment]:
+    """Cut a shard into segments, without their checksums.
+
+    >>> cut_segments([Stretch(0, 1024, 1, False), Stretch(1024, 2048, 1, False)])
+    [Segment(offset=0, num_bytes=2048, num_records=2, crc32=-1)]
     """
     segments: list[Segment] = []
-    first = 0
-    for i, (_, end) in enumerate(samples):
-        begin = samples[first][0]
-        is_last = i + 1 == len(samples)
-        if (
-            is_last
-            or i + 1 - first == MAX_SEGMENT_RECORDS
-            or samples[i + 1][1] - begin > MAX_SEGMENT_BYTES
-        ):
-            segments.append(Segment(begin, end - begin, i + 1 - first))
-            first = i + 1
-    return tuple(segments)
+    may_grow = False
+    for begin, end, num_records, is_packed in stretches:
+        if may_grow and not is_packed:
+            last = segments[-1]
+            if (
+                last.num_records + num_records <= MAX_SEGMENT_RECORDS
+                and end - last.offset <= MAX_SEGMENT_BYTES
+            ):
+                segments[-1] = Segment(
+                    last.offset, end - last.offset, last.num_records + num_records
+                )
+                continue
+        segments.append(Segment(begin, end - begin, num_records))
+        may_grow = not is_packed
+    return segments
+
+
+def with_checksums(segments: Iterable[Segment], file: IO[bytes]) -> SegmentTable:
+    """Read segments from the file of their shard and put them, with checksums, into a table."""
+    table = SegmentTable.of(segments)
+    for i, segment in enumerate(table):
+        file.seek(segment.offset)
+        crc32, left = 0, segment.num_bytes
+        while left and (block := file.read(min(left, _BLOCK_BYTES))):
+            crc32 = zlib.crc32(block, crc32)
+            left -= len(block)
+        table.crc32[i] = crc32
+    return table
 
 
 def _count(value: Any) -> int:
@@ -143,15 +268,35 @@ def _count(value: Any) -> int:
     return value
 
 
+def _table(rows: Any, num_columns: int) -> SegmentTable:
+    if rows == []:
+        return SegmentTable.of([])
+    array = np.array(rows)
+    if array.dtype != np.int64 or array.ndim != 2 or array.shape[1] != num_columns:
+        raise ValueError(f"a segment is not a list of {num_columns} integers")
+    columns = np.full((len(Segment._fields), len(rows)), -1, np.int64)
+    columns[:num_columns] = array.T
+    return SegmentTable(columns)
+
+
 def _check_shard(shard: Shard) -> None:
     if not shard.file or "/" in shard.file or shard.file.startswith("."):
         raise ValueError(f"{shard.file!r} is no name of a file in the folder")
-    if shard.num_records != sum(segment.num_records for segment in shard.segments):
+    segments = shard.segments
+    if not len(segments):
+        if shard.num_records:
+            raise ValueError(f"{shard.file} has records and no segments")
+        return
+    # Bounded one by one before they are added, for sums of huge numbers would wrap around.
+    for column in (segments.offsets, segments.num_bytes, segments.num_records):
+        if column.min() < 0 or column.max() > 2**53:
+            raise ValueError(f"a segment of {shard.file} has a number out of range")
+    if segments.crc32.min() < -1 or segments.crc32.max() >= 2**32:
+        raise ValueError(f"a segment of {shard.file} has a crc32 out of range")
+    if shard.num_records != int(segments.num_records.sum()):
         raise ValueError(f"num_records of {shard.file} is not the sum over its segments")
-    position = 0
-    for segment in shard.segments:
-        if segment.offset < position:
-            raise ValueError(f"segments of {shard.file} overlap")
-        position = segment.offset + segment.num_bytes
-    if position > shard.num_bytes:
+    ends = segments.offsets + segments.num_bytes
+    if (segments.offsets[1:] < ends[:-1]).any():
+        raise ValueError(f"segments of {shard.file} overlap")
+    if ends[-1] > shard.num_bytes:
         raise ValueError(f"segments of {shard.file} reach beyond its end")

@@ -1,11 +1,24 @@
-"""Where files lie: on this machine, or in a remote store that fsspec reads by byte range."""
+"""Where files lie, on this machine or in a remote store, and how their bytes are read."""
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from largebatch.errors import UserError
 
 REMOTE = ("http", "https", "s3", "gs", "hf")
+
+
+class Retries(NamedTuple):
+    """How patient a remote read is."""
+
+    attempts: int = 5
+    """How often it is tried, at least once."""
+    timeout_s: float = 60.0
+    """Seconds without an answer, or without all bytes, after which an attempt is given up."""
+
+
+DEFAULT_RETRIES = Retries()
 
 
 def is_remote(url: str) -> bool:
@@ -26,25 +39,31 @@ def is_remote(url: str) -> bool:
     return False
 
 
-def read_bytes(url: str, start: int = 0, end: int | None = None) -> bytes:
-    """Read the bytes from `start` up to `end` of a file; fewer if the file is shorter.
+def read_bytes(
+    url: str, start: int = 0, end: int | None = None, *, retries: Retries = DEFAULT_RETRIES
+) -> bytes:
+    """Read the bytes from `start` up to `end` of a file; fewer only if the file ends there.
 
-    Raises FileNotFoundError, and UserError if the file or its store cannot be read.
+    A remote read that fails in passing is tried again, with growing pauses. It takes at most
+    `attempts` times twice `timeout_s`, and the pauses, each at most the larger of `timeout_s` and
+    30 seconds.
+
+    Raises FileNotFoundError if the file is not there, DataError (kind "unreachable") if its store
+    does not give these bytes, and UserError if it cannot be read for another reason.
     """
-    try:
-        if not is_remote(url):
-            with Path(url).open("rb") as file:
-                file.seek(start)
-                return file.read() if end is None else file.read(end - start)
+    assert start >= 0
+    assert end is None or start <= end
+    assert retries.attempts >= 1
+    if is_remote(url):
         # Imported here: most runs read local files only.
-        import fsspec
+        from largebatch.data.remote import read_remote
 
-        store, path = fsspec.core.url_to_fs(url)
-        data: bytes = store.cat_file(path, start=start, end=end)
+        return read_remote(url, start, end, retries=retries)
+    try:
+        with Path(url).open("rb") as file:
+            file.seek(start)
+            return file.read() if end is None else file.read(end - start)
     except FileNotFoundError:
         raise
-    except ImportError as error:
-        raise UserError(f"{url} needs a package that is not installed: {error}") from None
     except OSError as error:
         raise UserError(f"{url} cannot be read: {error}") from None
-    return data

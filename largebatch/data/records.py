@@ -30,11 +30,10 @@ positives the first is the document; the others are left out.
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from largebatch.config import suggest
-from largebatch.errors import UserError
+from largebatch.errors import DataError
 
 PAIRS = (
     ("query", "document"),
@@ -57,6 +56,13 @@ IDS = ("id", "_id", "query_id", "query-id", "question_id")
 
 # Pairs of sentences that come with one of these are graded: most of them are no positives.
 GRADES = ("score", "label", "similarity_score")
+
+MAX_FIELDS = 1000
+
+# Rows of a set have the same fields again and again, so the search is done once per set. Bounded in
+# both ways, for names come from strangers.
+_CACHE: dict[tuple[tuple[str, ...], tuple[tuple[str, str], ...]], "FieldNames"] = {}
+_CACHED_SETS, _CACHED_CHARS = 1024, 4096
 
 
 class Record(NamedTuple):
@@ -102,7 +108,7 @@ def record_from_mapping(
     `source`, where it has one. `default_id` is the id of a row without one. `where` begins the
     message of an error: file and line, or shard and member. A text that is null becomes empty.
 
-    Raises UserError if a field that `fields` names is absent, if no query or document is
+    Raises DataError if a field that `fields` names is absent, if no query or document is
     recognized, or if a text is no text.
 
     >>> record_from_mapping(
@@ -111,57 +117,86 @@ def record_from_mapping(
     ... )
     Record(query='a', document='b', negatives=['c'], source='s', id='7')
     """
-    names = field_names(mapping, fields=fields, where=where)
-    query = mapping[names.query]
+    try:
+        record = make_record(mapping, fields=fields, source=source, default_id=default_id)
+        _check_unicode(record, _cached_field_names(mapping, fields))
+    except DataError as error:
+        raise DataError(f"{where}: {error}", kind=error.kind) from None
+    return record
+
+
+def make_record(
+    mapping: Mapping[str, Any], *, fields: Mapping[str, str], source: str, default_id: str
+) -> Record:
+    """Do the same for texts that are known to be valid Unicode, with errors that name no place."""
+    names = _cached_field_names(mapping, fields)
+    query, document = mapping[names.query], mapping[names.document]
     if query is None:
         query = ""
-    _check_text(query, names.query, where)
-    documents = texts_of(mapping[names.document], field=names.document, where=where)
+    elif not isinstance(query, str):
+        raise _not_text(query, names.query)
+    if not isinstance(document, str):
+        documents = _texts(document, names.document)
+        document = documents[0] if documents else ""
     negatives: list[str] = []
     for name in names.negatives:
-        negatives += [n for n in texts_of(mapping[name], field=name, where=where) if n]
-    own_source = mapping.get("source")
-    return Record(
-        query=query,
-        document=documents[0] if documents else "",
-        negatives=negatives,
-        source=source or (own_source if isinstance(own_source, str) else ""),
-        id=default_id if names.id is None else _id(mapping[names.id], names.id, default_id, where),
-    )
+        negatives += [text for text in _texts(mapping[name], name) if text]
+    if not source:
+        own_source = mapping.get("source")
+        source = own_source if isinstance(own_source, str) else ""
+    record_id = default_id if names.id is None else _id(mapping[names.id], names.id, default_id)
+    return Record(query, document, negatives, source, record_id)
 
 
 def field_names(mapping: Mapping[str, Any], *, fields: Mapping[str, str], where: str) -> FieldNames:
     """Find which fields of a row hold what; arguments and errors as in `record_from_mapping`."""
     try:
-        return _field_names(tuple(mapping), tuple(fields.items()))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        return _cached_field_names(mapping, fields)
+    except DataError as error:
+        raise DataError(f"{where}: {error}", kind=error.kind) from None
 
 
 def texts_of(value: Any, *, field: str, where: str) -> list[str]:
     """Return the texts in a field: a text, an object with `text` and maybe `title`, or a list.
 
-    Raises UserError if it is something else; also for a reference by id to a corpus elsewhere.
+    Raises DataError if it is something else; also for a reference by id to a corpus elsewhere.
     """
+    try:
+        return _texts(value, field)
+    except DataError as error:
+        raise DataError(f"{where}: {error}", kind=error.kind) from None
+
+
+def _texts(value: Any, field: str) -> list[str]:
     if isinstance(value, str):
-        _check_text(value, field, where)
         return [value]
     if value is None:
         return []
     if isinstance(value, Mapping):
         value = _rows(value)
     elif not isinstance(value, Sequence) or isinstance(value, bytes):
-        raise UserError(f"{where}: field {field!r} holds {_kind(value)}, and must hold text")
-    return [_text(item, field, where) for item in value if item is not None]
+        raise _not_text(value, field)
+    return [_text(item, field) for item in value if item is not None]
 
 
-@lru_cache(maxsize=1024)
-def _field_names(present: tuple[str, ...], mapped: tuple[tuple[str, str], ...]) -> FieldNames:
-    # Rows of a set have the same fields again and again, so the search is done once per set.
+def _cached_field_names(mapping: Mapping[str, Any], fields: Mapping[str, str]) -> FieldNames:
+    key = tuple(mapping), tuple(fields.items())
+    if (names := _CACHE.get(key)) is None:
+        names = _find_field_names(*key)
+        if len(_CACHE) < _CACHED_SETS and sum(map(len, key[0])) <= _CACHED_CHARS:
+            _CACHE[key] = names
+    return names
+
+
+def _find_field_names(present: tuple[str, ...], mapped: tuple[tuple[str, str], ...]) -> FieldNames:
+    if len(present) > MAX_FIELDS:
+        raise _field_error(
+            f"it has {len(present):,} fields, and at most {MAX_FIELDS:,} are allowed"
+        )
     fields = dict(mapped)
     for role, name in fields.items():
         if name not in present and not (role == "negatives" and _numbered(name, present)):
-            raise UserError(
+            raise _field_error(
                 f"fields.{role}={name!r} is not among its fields, {_listed(present)}"
                 f"{suggest(name, present)}"
             )
@@ -179,7 +214,7 @@ def _field_names(present: tuple[str, ...], mapped: tuple[tuple[str, str], ...]) 
             and query_name == "sentence1"
             and any(grade in present for grade in GRADES)
         ):
-            raise UserError(
+            raise _field_error(
                 f"has sentence1 and sentence2 with a grade ({_listed(present)}), so that not every "
                 "row is a positive pair; keep those that are, and set "
                 "'fields={query: sentence1, document: sentence2}'"
@@ -195,7 +230,7 @@ def _field_names(present: tuple[str, ...], mapped: tuple[tuple[str, str], ...]) 
             (True, False): "no document",
             (True, True): "no query with its document",
         }[has_query, has_document]
-        raise UserError(
+        raise _field_error(
             f"{missing} is recognized among its fields, {_listed(present)}; "
             "say which is what, for example 'fields={query: title, document: body}'"
         )
@@ -223,48 +258,62 @@ def _rows(value: Mapping[str, Any]) -> Sequence[Any]:
     return [value]
 
 
-def _text(item: Any, field: str, where: str) -> str:
-    if isinstance(item, Mapping):
-        if "text" not in item:
-            cure = (
-                "it refers to a corpus elsewhere; put the document's text in its place"
-                if {"id", "docid", "_id"} & set(item)
-                else "its text must be named 'text'"
-            )
-            raise UserError(
-                f"{where}: field {field!r} holds an object with {_listed(item)} and no text; {cure}"
-            )
-        _check_text(text := item["text"] or "", field, where)
-        _check_text(title := item.get("title") or "", field, where)
-        return f"{title} {text}" if title else str(text)
-    _check_text(item, field, where)
-    return str(item)
+def _text(item: Any, field: str) -> str:
+    if isinstance(item, str):
+        return item
+    if not isinstance(item, Mapping):
+        raise _not_text(item, field)
+    if "text" not in item:
+        cure = (
+            "it refers to a corpus elsewhere; put the document's text in its place"
+            if {"id", "docid", "_id"} & set(item)
+            else "its text must be named 'text'"
+        )
+        raise _field_error(
+            f"field {field!r} holds an object with {_listed(item)} and no text; {cure}"
+        )
+    text, title = item["text"] or "", item.get("title") or ""
+    for part in (text, title):
+        if not isinstance(part, str):
+            raise _not_text(part, field)
+    return f"{title} {text}" if title else text
 
 
-def _check_text(value: Any, field: str, where: str) -> None:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: field {field!r} holds {_kind(value)}, and must hold text")
+def _check_unicode(record: Record, names: FieldNames) -> None:
     # JSON can hold half of a surrogate pair as an escape, which no tokenizer takes.
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{where}: field {field!r} is no valid Unicode: half of a surrogate pair at "
-                f"character {error.start}"
-            ) from None
+    texts = [(names.query, record.query), (names.document, record.document)]
+    texts += [(", ".join(names.negatives), text) for text in record.negatives]
+    texts.append((names.id or "id", record.id))
+    for field, text in texts:
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"field {field!r} is no valid Unicode: half of a surrogate pair at character "
+                    f"{error.start}",
+                    kind="undecodable",
+                ) from None
 
 
-def _id(value: Any, field: str, default_id: str, where: str) -> str:
+def _id(value: Any, field: str, default_id: str) -> str:
+    if isinstance(value, str):
+        return value
     if value is None:
         return default_id
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise UserError(
-            f"{where}: field {field!r} holds {_kind(value)}, and must hold text or an integer"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _field_error(
+            f"field {field!r} holds {_kind(value)}, and must hold text or an integer"
         )
-    text = str(value)
-    _check_text(text, field, where)
-    return text
+    return str(value)
+
+
+def _not_text(value: Any, field: str) -> DataError:
+    return _field_error(f"field {field!r} holds {_kind(value)}, and must hold text")
+
+
+def _field_error(message: str) -> DataError:
+    return DataError(message, kind="field")
 
 
 def _kind(value: Any) -> str:
@@ -279,4 +328,8 @@ def _kind(value: Any) -> str:
 
 
 def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, names)) if names else "of which it has none"
+    if not names:
+        return "of which it has none"
+    first = [repr(name if len(name) <= 60 else f"{name[:60]}...") for name in list(names)[:20]]
+    more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
+    return ", ".join(first) + more

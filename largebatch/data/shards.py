@@ -1,13 +1,15 @@
 """Shards: numbered tar files of records, with an index.json that says what lies where.
 
 A shard is a plain webdataset tar. The index cuts each into segments of up to 1,000 records, which
-are read by byte range, so that any order of segments can be read from a disk or a bucket.
+are read by byte range, so that any order of segments can be read from a disk or a bucket. In the
+`samples` layout a record is a member, `NNNNNNNNN.json`; in the `packed` layout a segment is one,
+`NNNNNNNNN.jsonl.zst` (see `packed.py`).
 """
 
 import glob
 import hashlib
-import io
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,11 +21,23 @@ from typing import IO, Any, Self
 from braceexpand import braceexpand
 from filelock import FileLock, Timeout
 
-from largebatch.data.index import INDEX_NAME, Segment, Shard, ShardIndex, cut_segments
-from largebatch.data.locations import is_remote, read_bytes
-from largebatch.data.records import Record, record_from_mapping
-from largebatch.data.tar import MAX_MEMBER_BYTES, iter_members, iter_samples
-from largebatch.errors import UserError
+from largebatch.config.tools import LAYOUTS
+from largebatch.data.index import (
+    INDEX_NAME,
+    MAX_SEGMENT_BYTES,
+    MAX_SEGMENT_RECORDS,
+    Segment,
+    Shard,
+    ShardIndex,
+    Stretch,
+    cut_segments,
+    with_checksums,
+)
+from largebatch.data.locations import is_remote
+from largebatch.data.packed import PACKED, pack
+from largebatch.data.records import Record
+from largebatch.data.tar import MAX_RECORD_BYTES
+from largebatch.errors import DataError, UserError
 
 __all__ = [
     "INDEX_NAME",
@@ -32,7 +46,6 @@ __all__ = [
     "ShardIndex",
     "ShardWriter",
     "find_files",
-    "read_segment",
     "resolve_source",
 ]
 
@@ -49,10 +62,12 @@ class ShardWriter:
     files of the same kind in it that no index lists.
     """
 
-    def __init__(self, folder: Path, *, records_per_shard: int) -> None:
+    def __init__(self, folder: Path, *, records_per_shard: int, layout: str = "packed") -> None:
         assert records_per_shard >= 1
+        assert layout in LAYOUTS
         self.folder = folder
         self.records_per_shard = records_per_shard
+        self.layout = layout
         self.dropped: Counter[str] = Counter()
         self.num_records = 0
         self._partial = folder / ".partial"
@@ -86,7 +101,8 @@ class ShardWriter:
         """
         if self._open is None:
             name = f"shard-{len(self._shards):06d}.tar"
-            self._open = _OpenShard(self._partial / name)
+            opened = {"packed": _OpenPackedShard, "samples": _OpenShard}[self.layout]
+            self._open = opened(self._partial / name)
         self._open.append(f"{self.num_records:09d}", _encode(record, extra or {}))
         self.num_records += 1
         if self._open.num_records == self.records_per_shard:
@@ -131,54 +147,17 @@ class ShardWriter:
         ShardIndex(tuple(self._shards), dict(sorted(self.dropped.items()))).save(self.folder)
 
 
-def read_segment(
-    url: str, segment: Segment, *, fields: Mapping[str, str], source: str
-) -> list[Record]:
-    """Read the records of one segment of the shard at `url`, by byte range.
-
-    `fields` and `source` are as in `record_from_mapping`. A record without an id gets
-    `FILE:KEY`. Raises UserError, naming the shard, the member and the byte, for anything that is
-    not as the index says, or that is neither UTF-8 JSON nor UTF-8 text.
-    """
-    end = segment.offset + segment.num_bytes
-    try:
-        data = read_bytes(url, segment.offset, end)
-    except FileNotFoundError:
-        raise UserError(f"shard {url} is missing, though the index lists it") from None
-    if len(data) != segment.num_bytes:
-        raise UserError(
-            f"shard {url} gave {len(data):,} bytes for the {segment.num_bytes:,} from byte "
-            f"{segment.offset:,} on; it is cut off, or its server does not serve byte ranges"
-        )
-    file = url.rpartition("/")[2]
-    members = iter_members(io.BytesIO(data), url=url, base=segment.offset, end=end)
-    records = [
-        record_from_mapping(
-            sample,
-            fields=fields,
-            source=source,
-            default_id=f"{file}:{key}",
-            where=f"{url}: sample {key!r}",
-        )
-        for key, sample in iter_samples(members, memoryview(data), url=url, base=segment.offset)
-    ]
-    if len(records) != segment.num_records:
-        raise UserError(
-            f"shard {url} has {len(records)} records from byte {segment.offset} on, and its index "
-            f"{segment.num_records}; it has changed since it was indexed: run `largebatch index "
-            "... overwrite=true`"
-        )
-    return records
-
-
-def resolve_source(urls: Sequence[str]) -> list[tuple[str, Shard]]:
+def resolve_source(urls: Sequence[str], *, check_present: bool = True) -> list[tuple[str, Shard]]:
     """Find the shards of a source, in order: each one's url and its entry in the index.
 
     A url is a folder with an index.json, or names tar files beside one, with braces
     (`shard-{000000..000009}.tar`) or globs (remote: in the file's name only).
 
-    Raises UserError if a url matches nothing, if a shard is missing, has another size than the
-    index says, holds no records or comes twice, or if there is no index.
+    `check_present` is whether shards on this machine must be there, in the size that the index
+    says. Remote ones are not asked for: there may be very many, and each is a request.
+
+    Raises UserError if a url matches nothing, if a shard holds no records or comes twice, or if
+    there is no index; DataError if a shard is missing or has another size.
     """
     indices: dict[str, ShardIndex] = {}
     found: dict[str, Shard] = {}
@@ -198,7 +177,12 @@ def resolve_source(urls: Sequence[str]) -> list[tuple[str, Shard]]:
                 path = f"{folder}/{shard.file}"
                 if path in found:
                     raise UserError(f"shard {path} is named twice by {list(urls)}; name it once")
-                _check_present(path, shard)
+                if not shard.num_records:
+                    raise UserError(
+                        f"shard {path} holds no records; leave it out and index the others anew"
+                    )
+                if check_present and not is_remote(path):
+                    _check_present(path, shard)
                 found[path] = shard
     if not found:
         raise UserError("no shards: no urls are given; name folders with an index.json")
@@ -226,7 +210,7 @@ def find_files(url: str) -> list[str]:
 
 
 class _OpenShard:
-    """A shard that is being written."""
+    """A shard that is being written, a member a record."""
 
     def __init__(self, path: Path) -> None:
         # Imported here: it imports torch, which commands that only convert data can do without.
@@ -235,27 +219,58 @@ class _OpenShard:
         self._path = path
         self._file = _HashingFile(path.open("wb"))
         self._tar = TarWriter(self._file, user="", group="", encoder=False, mtime=0)
-        self._samples: list[tuple[int, int]] = []
-
-    @property
-    def num_records(self) -> int:
-        return len(self._samples)
+        self._stretches: list[Stretch] = []
+        self.num_records = 0
 
     def append(self, key: str, content: bytes) -> None:
-        begin: int = self._tar.tarstream.offset
-        self._tar.write({"__key__": key, "json": content})
-        self._samples.append((begin, self._tar.tarstream.offset))
+        self.num_records += 1
+        self._add_member(key, "json", content, num_records=1)
 
     def finish(self) -> Shard:
         self._tar.close()
         self._file.close()
-        return Shard(
-            self._path.name,
-            len(self._samples),
-            self._path.stat().st_size,
-            self._file.sha256.hexdigest(),
-            cut_segments(self._samples),
-        )
+        with self._path.open("rb") as file:
+            segments = with_checksums(cut_segments(self._stretches), file)
+            num_bytes = file.seek(0, os.SEEK_END)
+        digest = self._file.sha256.hexdigest()
+        return Shard(self._path.name, self.num_records, num_bytes, digest, segments)
+
+    def _add_member(self, key: str, extension: str, content: bytes, *, num_records: int) -> None:
+        begin: int = self._tar.tarstream.offset
+        self._tar.write({"__key__": key, extension: content})
+        end: int = self._tar.tarstream.offset
+        self._stretches.append(Stretch(begin, end, num_records, is_packed=extension == PACKED))
+
+
+class _OpenPackedShard(_OpenShard):
+    """A shard that is being written, a member a segment."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._key = ""
+        self._lines: list[bytes] = []
+        self._num_bytes = 0
+
+    def append(self, key: str, content: bytes) -> None:
+        if (
+            len(self._lines) == MAX_SEGMENT_RECORDS
+            or self._num_bytes + len(content) > MAX_SEGMENT_BYTES
+        ):
+            self._flush()
+        self._key = self._key or key
+        self.num_records += 1
+        self._lines.append(content)
+        self._num_bytes += len(content) + 1
+
+    def finish(self) -> Shard:
+        self._flush()
+        return super().finish()
+
+    def _flush(self) -> None:
+        if self._lines:
+            content = pack(self._lines)
+            self._add_member(self._key, PACKED, content, num_records=len(self._lines))
+        self._key, self._lines, self._num_bytes = "", [], 0
 
 
 class _HashingFile:
@@ -287,9 +302,9 @@ def _encode(record: Record, extra: Mapping[str, Any]) -> bytes:
         data = json.dumps(content | dict(extra), ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise UserError(f"record {record.id!r} does not fit into JSON: {error}") from None
-    if len(data) > MAX_MEMBER_BYTES:
+    if len(data) > MAX_RECORD_BYTES:
         raise UserError(
-            f"record {record.id!r} takes {len(data):,} bytes; at most {MAX_MEMBER_BYTES:,} are "
+            f"record {record.id!r} takes {len(data):,} bytes; at most {MAX_RECORD_BYTES:,} are "
             "allowed; shorten its texts"
         )
     return data
@@ -310,14 +325,11 @@ def _locate(url: str) -> list[tuple[str, str | None]]:
 
 
 def _check_present(path: str, shard: Shard) -> None:
-    if not shard.num_records:
-        raise UserError(f"shard {path} holds no records; leave it out and index the others anew")
-    if is_remote(path):
-        return
     if not Path(path).is_file():
-        raise UserError(f"shard {path} is missing, though the index lists it")
+        raise DataError(f"shard {path} is missing, though the index lists it", kind="missing")
     if (size := Path(path).stat().st_size) != shard.num_bytes:
-        raise UserError(
+        raise DataError(
             f"shard {path} has {size:,} bytes, and its index says {shard.num_bytes:,}; it has "
-            "changed since it was indexed: run `largebatch index ... overwrite=true`"
+            "changed since it was indexed: run `largebatch index ... overwrite=true`",
+            kind="changed",
         )

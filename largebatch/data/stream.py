@@ -1,84 +1,75 @@
 """The stream: one rank's part of each global batch, read and tokenized ahead of the step."""
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from largebatch.batch import RankBatch, Texts
+from largebatch.batch import Hole, RankBatch, Texts
+from largebatch.data.reader import Reader
 from largebatch.data.records import Record
 from largebatch.data.schedule import Schedule
-from largebatch.data.shards import Segment, Shard, read_segment
+from largebatch.data.source import Source
 from largebatch.data.text import TextSettings, tokenize
-from largebatch.errors import UserError
+from largebatch.errors import DataError, UserError
 from largebatch.world import World, part_of_rank
 
 
-class Source(NamedTuple):
-    """One set of shards, resolved: every segment of it in a fixed order."""
+class TextPhase(NamedTuple):
+    """Prompts and lengths from a step on."""
 
-    name: str
-    urls: list[str]
-    """`[S]`, the shard of each segment."""
-    segments: list[Segment]
-    """`[S]`."""
-    fields: Mapping[str, str]
-    """Names of the records' fields, as in `record_from_mapping`."""
-
-    @classmethod
-    def of_shards(
-        cls, name: str, shards: Sequence[tuple[str, Shard]], fields: Mapping[str, str]
-    ) -> "Source":
-        """List the segments of shards."""
-        places = [(url, segment) for url, shard in shards for segment in shard.segments]
-        return cls(name, [url for url, _ in places], [segment for _, segment in places], fields)
-
-    @property
-    def segment_sizes(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return `[S]` records of each segment."""
-        return np.array([segment.num_records for segment in self.segments], np.int64)
-
-    def read(self, number: int) -> list[Record]:
-        """Read the records of a segment."""
-        return read_segment(
-            self.urls[number], self.segments[number], fields=self.fields, source=self.name
-        )
+    from_step: int
+    """First step that they hold for."""
+    text: TextSettings
+    """The settings."""
 
 
 class Stream:
     """Batches of one rank, from any step on.
 
     Args:
-        source: Where records come from.
+        sources: Where records come from, in the schedule's order.
         schedule: Which record is in which batch.
         tokenizer: Of the backbone.
-        text: Prompts and lengths.
+        text: Prompts and lengths; or how they change, by rising steps, the first one 0.
         world: Which part of each batch is this rank's.
         workers: Loader processes; 0 reads in this process.
         prefetch: Batches that each of them prepares ahead.
-        max_chars: Longest text.
+        buffer_bytes: Memory of each for segments that may be needed again.
+        skip_faults: Whether records that can't be used are left out; otherwise they are an error.
+        known_holes: Rows by step that are left out whatever is read.
     """
 
     def __init__(
         self,
-        source: Source,
+        sources: Sequence[Source],
         schedule: Schedule,
         *,
         tokenizer: Any,
-        text: TextSettings,
+        text: TextSettings | Sequence[TextPhase],
         world: World,
         workers: int = 0,
         prefetch: int = 4,
-        max_chars: int = 200_000,
+        buffer_bytes: int = 2**30,
+        skip_faults: bool = False,
+        known_holes: Mapping[int, Collection[int]] | None = None,
     ) -> None:
         self.schedule = schedule
         self.workers = workers
         self.prefetch = prefetch
-        rows = part_of_rank(schedule.global_batch, world.rank, world.size)
-        self._reader = _Reader(source, schedule, tokenizer, text, rows, max_chars)
+        self._make = _BatchMaker(
+            Reader(
+                sources,
+                schedule,
+                buffer_bytes=buffer_bytes,
+                skip_faults=skip_faults,
+                known_holes=known_holes,
+            ),
+            tokenizer,
+            [TextPhase(0, text)] if isinstance(text, TextSettings) else text,
+            part_of_rank(schedule.global_batch, world.rank, world.size),
+        )
 
     def batches(self, first_step: int, stop_step: int) -> Iterator[RankBatch]:
         """Yield the batches of steps `first_step` to `stop_step - 1`.
@@ -87,7 +78,7 @@ class Stream:
             UserError: A shard or a record can't be used.
         """
         parts = DataLoader(
-            _Parts(self._reader, range(first_step, stop_step)),
+            _Parts(self._make, range(first_step, stop_step)),
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=self.prefetch if self.workers else None,
@@ -105,85 +96,99 @@ SAMPLED_CHARS = 10_000
 """Characters of a text that a tokenizer is trained on."""
 
 
-def sample_texts(source: Source, *, most_records: int, max_chars: int) -> Iterator[str]:
-    """Yield the texts of up to about `most_records` records, from all over the source.
+def sample_texts(
+    sources: Sequence[Source], shares: Sequence[float], *, most_records: int, skip_faults: bool
+) -> Iterator[str]:
+    """Yield texts of up to about `most_records` records, of each source by its share.
+
+    They come from segments all over the source.
 
     Raises:
-        UserError: A text is longer than `max_chars`, or a shard or a record can't be used.
+        DataError: A shard or a record can't be used, and faults are not skipped.
     """
-    sizes = source.segment_sizes
-    every = max(1, round(int(sizes.sum()) / most_records))
-    for number in range(0, len(sizes), every):
-        for record in source.read(number):
-            _check_length(record, max_chars)
-            for text in (record.query, record.document, *record.negatives):
-                # The trainer takes time that is quadratic in a word's length, and words of a
-                # hundred thousand letters occur (encoded data).
-                yield text[:SAMPLED_CHARS]
+    for source, share in zip(sources, shares, strict=True):
+        if share == 0:
+            continue
+        sizes = source.segment_sizes
+        every = max(1, round(int(sizes.sum()) / (most_records * share)))
+        for number in range(0, len(sizes), every):
+            for record in _records(source, number, skip_faults=skip_faults):
+                for text in (record.query, record.document, *record.negatives):
+                    # The trainer takes time that is quadratic in a word's length, and words of a
+                    # hundred thousand letters occur (encoded data).
+                    yield text[:SAMPLED_CHARS]
 
 
-class _Reader:
+def _records(source: Source, number: int, *, skip_faults: bool) -> Iterator[Record]:
+    try:
+        segment = source.read(number)
+    except DataError:
+        if not skip_faults:
+            raise
+        return
+    for offset in range(len(segment)):
+        try:
+            yield segment.record(offset)
+        except DataError:
+            if not skip_faults:
+                raise
+
+
+class _BatchMaker:
     """Reads and tokenizes rows of a step."""
 
     def __init__(
-        self,
-        source: Source,
-        schedule: Schedule,
-        tokenizer: Any,
-        text: TextSettings,
-        rows: range,
-        max_chars: int,
+        self, reader: Reader, tokenizer: Any, text_phases: Sequence[TextPhase], rows: range
     ) -> None:
-        self.source = source
-        self.schedule = schedule
+        assert text_phases[0].from_step == 0
+        self.reader = reader
         self.tokenizer = tokenizer
-        self.text = text
+        self.text_phases = text_phases
         self.rows = rows
-        self.max_chars = max_chars
-        self._segments: OrderedDict[int, list[Record]] = OrderedDict()
 
-    def read(self, step: int, rows: range) -> RankBatch:
-        place = self.schedule.rows(step, rows)
-        needed = list(dict.fromkeys(place.segments.tolist()))
-        records_of = {number: self._segment(number, len(needed)) for number in needed}
-        records = [
-            records_of[segment][offset]
-            for segment, offset in zip(place.segments.tolist(), place.offsets.tolist(), strict=True)
-        ]
-        for record in records:
-            _check_length(record, self.max_chars)
-        sides = [
-            ("query", [record.query for record in records]),
-            ("document", [record.document for record in records]),
-            ("document", [text for record in records for text in record.negatives]),
-        ]
-        tokenized = [
-            tokenize(
-                self.tokenizer,
-                texts,
-                prompt=self.text.prompt(side),
-                max_tokens=self.text.max_tokens(side),
-            )
-            for side, texts in sides
-        ]
-        (queries, _), (documents, _), (negatives, _) = tokenized
+    def batch(self, step: int, rows: range) -> RankBatch:
+        found = self.reader.read(step, rows)
+        records = [record for record in found if isinstance(record, Record)]
+        sources = self.reader.sources
+        by_name = {source.name: source for source in sources}
+        source_of = [by_name[record.source] for record in records]
+        text = [phase.text for phase in self.text_phases if phase.from_step <= step][-1]
+        queries, cut_queries = self._tokenize(
+            [
+                _prompt(source.query_prompt, text.query_prompt) + record.query
+                for source, record in zip(source_of, records, strict=True)
+            ],
+            text.query_max_tokens,
+        )
+        prompts = [_prompt(source.document_prompt, text.document_prompt) for source in source_of]
+        documents, cut_documents = self._tokenize(
+            [prompt + record.document for prompt, record in zip(prompts, records, strict=True)],
+            text.document_max_tokens,
+        )
+        negatives, cut_negatives = self._tokenize(
+            [
+                prompt + negative
+                for prompt, source, record in zip(prompts, source_of, records, strict=True)
+                for negative in record.negatives[: source.max_negatives]
+            ],
+            text.document_max_tokens,
+        )
+        number = self.reader.schedule.source_of(step)
         return RankBatch(
             step=step,
-            ids=[record.id for record in records],
+            ids=[f"{record.source}/{record.id}" for record in records],
             queries=queries,
             documents=documents,
             negatives=negatives,
-            num_truncated=sum(count for _, count in tokenized),
+            num_truncated=cut_queries + cut_documents + cut_negatives,
+            # Of the schedule, not of the rows: a rank whose rows are all holes must know it too.
+            symmetric=sources[0 if number is None else number].symmetric,
+            num_holes=len(found) - len(records),
+            new_holes=[hole for hole in found if isinstance(hole, Hole)],
         )
 
-    def _segment(self, number: int, num_needed: int) -> list[Record]:
-        if number not in self._segments:
-            self._segments[number] = self.source.read(number)
-        self._segments.move_to_end(number)
-        # A batch's segments, and those of the batch before, which may still have rows to give.
-        while len(self._segments) > 2 * num_needed:
-            self._segments.popitem(last=False)
-        return self._segments[number]
+    def _tokenize(self, texts: list[str], max_tokens: int) -> tuple[Texts, int]:
+        return tokenize(self.tokenizer, texts, prompt="", max_tokens=max_tokens)
 
 
 class _Failure(NamedTuple):
@@ -195,29 +200,24 @@ class _Failure(NamedTuple):
 class _Parts(IterableDataset[RankBatch | _Failure]):
     """Each loader process's rows of every step."""
 
-    def __init__(self, reader: _Reader, steps: range) -> None:
-        self.reader = reader
+    def __init__(self, maker: _BatchMaker, steps: range) -> None:
+        self.maker = maker
         self.steps = steps
 
     def __iter__(self) -> Iterator[RankBatch | _Failure]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        part = part_of_rank(len(self.reader.rows), worker, workers)
-        rows = self.reader.rows[part.start : part.stop]
+        part = part_of_rank(len(self.maker.rows), worker, workers)
+        rows = self.maker.rows[part.start : part.stop]
         try:
             for step in self.steps:
-                yield self.reader.read(step, rows)
+                yield self.maker.batch(step, rows)
         except UserError as error:
             yield _Failure(str(error))
 
 
-def _check_length(record: Record, max_chars: int) -> None:
-    for text in (record.query, record.document, *record.negatives):
-        if len(text) > max_chars:
-            raise UserError(
-                f"record {record.id!r} of source {record.source!r} has a text of {len(text):,} "
-                f"characters, more than data.max_chars={max_chars}; shorten it, or raise the option"
-            )
+def _prompt(own: str | None, default: str) -> str:
+    return default if own is None else own
 
 
 def _checked(part: RankBatch | _Failure) -> RankBatch:
@@ -237,6 +237,9 @@ def _join(parts: list[RankBatch]) -> RankBatch:
         documents=Texts.concatenate([part.documents for part in parts]),
         negatives=Texts.concatenate([part.negatives for part in parts]),
         num_truncated=sum(part.num_truncated for part in parts),
+        symmetric=parts[0].symmetric,
+        num_holes=sum(part.num_holes for part in parts),
+        new_holes=[hole for part in parts for hole in part.new_holes],
     )
 
 

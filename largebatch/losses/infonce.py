@@ -112,15 +112,19 @@ class ContrastiveLoss(nn.Module):
         documents_md: Tensor,
         positives_b: Tensor,
         *,
+        symmetric: bool | None = None,
         combine_columns: CombineColumns | None = None,
     ) -> InfoNCE:
-        """Return the loss summed over this rank's rows: `info_nce` with this object's settings."""
+        """Return the loss summed over this rank's rows: `info_nce` with this object's settings.
+
+        `symmetric` is for this call only; None: as the object says.
+        """
         return info_nce(
             queries_bd,
             documents_md,
             positives_b,
             self.temperature(),
-            symmetric=self.symmetric,
+            symmetric=self.symmetric if symmetric is None else symmetric,
             combine_columns=combine_columns,
         )
 

@@ -1,16 +1,19 @@
 """Builds the parts of a run from its config."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from largebatch.config import TextConfig, TrainConfig
-from largebatch.data.schedule import Schedule
+from largebatch.config import CurriculumConfig, TextConfig, TrainConfig
+from largebatch.data.locations import Retries
+from largebatch.data.schedule import Reweighting, Schedule, SourceShape
 from largebatch.data.shards import resolve_source
-from largebatch.data.stream import Source, sample_texts
-from largebatch.data.text import train_tokenizer
+from largebatch.data.source import Source
+from largebatch.data.stream import TextPhase, sample_texts
+from largebatch.data.text import TextSettings, train_tokenizer
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.temperature import Temperature
 from largebatch.model.encoder import Encoder
@@ -19,27 +22,68 @@ from largebatch.model.pretrained import load_tokenizer
 from largebatch.parallel.collectives import Collectives
 
 TOKENIZER_RECORDS = 100_000
-"""Records that a tokenizer is trained on, spread over the source."""
+"""Records that a tokenizer is trained on, spread over the sources."""
 
 
-def build_source(config: TrainConfig) -> Source:
-    """Find the shards of the run's source.
+def build_sources(config: TrainConfig) -> list[Source]:
+    """Find the shards of the run's sources.
 
     Raises:
         UserError: There are none, or they can't be used.
     """
-    ((name, source),) = config.data.sources.items()
-    return Source.of_shards(name, resolve_source(source.urls), source.fields)
+    data = config.data
+    retries = Retries(data.read_attempts, data.read_timeout_s)
+    return [
+        Source.of_shards(
+            name,
+            resolve_source(source.urls, check_present=data.on_fault == "fail"),
+            source.fields,
+            query_prompt=source.query_prompt,
+            document_prompt=source.document_prompt,
+            max_negatives=source.max_negatives,
+            symmetric=source.symmetric,
+            max_chars=data.max_chars,
+            retries=retries,
+        )
+        for name, source in data.sources.items()
+    ]
 
 
-def build_schedule(config: TrainConfig, source: Source) -> Schedule:
+def build_schedule(config: TrainConfig, sources: Sequence[Source]) -> Schedule:
     """Return which record is in which batch."""
+    data = config.data
+    options = [data.sources[source.name] for source in sources]
     return Schedule(
-        source.segment_sizes,
+        [
+            SourceShape(source.name, source.segment_sizes, option.weight, option.epochs)
+            for source, option in zip(sources, options, strict=True)
+        ],
         global_batch=config.global_batch,
         seed=config.seed,
-        lanes=config.data.lanes,
+        lanes=data.lanes,
+        mixed=data.batches == "mixed",
+        carry=data.tail == "carry",
+        size_exponent=data.size_exponent,
+        reweightings=[
+            Reweighting(phase.from_step, phase.weights)
+            for phase in data.curriculum
+            if phase.weights
+        ],
     )
+
+
+def text_phases(text: TextSettings, curriculum: Sequence[CurriculumConfig]) -> list[TextPhase]:
+    """Return how prompts and lengths change over the run, from the model's own settings on."""
+    phases = [TextPhase(0, text)]
+    for change in curriculum:
+        lengths = {
+            name: getattr(change, name)
+            for name in ("query_max_tokens", "document_max_tokens")
+            if getattr(change, name) is not None
+        }
+        if lengths:
+            phases.append(TextPhase(change.from_step, replace(phases[-1].text, **lengths)))
+    return phases
 
 
 def build_loss(config: TrainConfig) -> ContrastiveLoss:
@@ -54,10 +98,17 @@ def build_loss(config: TrainConfig) -> ContrastiveLoss:
 
 
 def build_encoder(
-    config: TrainConfig, folder: Path, source: Source, collectives: Collectives, *, resumes: bool
+    config: TrainConfig,
+    folder: Path,
+    collectives: Collectives,
+    *,
+    resumes: bool,
+    sources: Sequence[Source],
+    shares: Sequence[float],
 ) -> Encoder:
     """Return the encoder, untrained if its weights come from a checkpoint; called by all ranks.
 
+    A tokenizer that is trained here sees the sources by their shares.
     `folder` keeps its architecture and tokenizer, so that resuming and exporting need neither the
     hub nor the folder that the run started from.
 
@@ -83,7 +134,7 @@ def build_encoder(
         save_settings(
             Encoder.from_scratch(
                 backbone.model_type,
-                _tokenizer(config, source),
+                _tokenizer(config, sources, shares),
                 config=backbone.config,
                 attention=backbone.attention,
                 pooling=config.pooling.mode,
@@ -109,14 +160,17 @@ def _given(text: TextConfig) -> dict[str, Any]:
     return settings
 
 
-def _tokenizer(config: TrainConfig, source: Source) -> Any:
+def _tokenizer(config: TrainConfig, sources: Sequence[Source], shares: Sequence[float]) -> Any:
     if config.backbone.tokenizer is not None:
         return load_tokenizer(config.backbone.tokenizer)
+    texts = sample_texts(
+        sources,
+        shares,
+        most_records=TOKENIZER_RECORDS,
+        skip_faults=config.data.on_fault == "skip",
+    )
     with _parallel_tokenizers():
-        return train_tokenizer(
-            sample_texts(source, most_records=TOKENIZER_RECORDS, max_chars=config.data.max_chars),
-            vocab_size=config.backbone.vocab_size,
-        )
+        return train_tokenizer(texts, vocab_size=config.backbone.vocab_size)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import torch
 
 from largebatch.batch import RankBatch
 from largebatch.config import TrainConfig
-from largebatch.data.schedule import Schedule
 from largebatch.errors import UserError
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.parallel.collectives import Collectives
@@ -38,12 +37,15 @@ class StepMeter:
         self._collectives = collectives
         self._config = config
         self._clock_s = time.perf_counter() - elapsed_before_s
+        self.num_skipped = 0
+        """Pairs that all ranks skipped in what `read` read last."""
         self._start()
 
     def _start(self) -> None:
         self._results: list[StepResult] = []
         self._num_truncated = 0
         self._num_texts = 0
+        self._num_holes = 0
         self._waited_s = 0.0
         self._since_s = time.perf_counter()
 
@@ -72,13 +74,12 @@ class StepMeter:
         """Note a step."""
         self._results.append(result)
         self._num_truncated += batch.num_truncated
+        self._num_holes += batch.num_holes
         self._num_texts += sum(
             side.num_texts for side in (batch.queries, batch.documents, batch.negatives)
         )
 
-    def read(
-        self, step: int, schedule: Schedule, strategy: ReplicatedModel, loss: ContrastiveLoss
-    ) -> dict[str, float]:
+    def read(self, step: int, strategy: ReplicatedModel, loss: ContrastiveLoss) -> dict[str, float]:
         """Return the means since the last call, over all ranks; all ranks must call it.
 
         Raises:
@@ -97,8 +98,9 @@ class StepMeter:
             sum(report.num_padded_tokens for report in reports),
             self._num_truncated,
             self._num_texts,
+            self._num_holes,
         ]
-        tokens, padded, truncated, texts = self._collectives.sum(
+        tokens, padded, truncated, texts, skipped = self._collectives.sum(
             torch.tensor(counts, dtype=torch.float64, device=self._device)
         ).tolist()
         waited_s, memory_gib = self._collectives.max(
@@ -108,6 +110,7 @@ class StepMeter:
                 device=self._device,
             )
         ).tolist()
+        self.num_skipped = round(skipped)
         num_steps = len(reports)
         weights = [p.detach() for p in strategy.parameters]
         values = {
@@ -120,10 +123,9 @@ class StepMeter:
             "train/pairs_per_s": num_steps * self._config.global_batch / duration_s,
             "train/tokens_per_s": tokens / duration_s,
             "train/padding_share": 1 - tokens / padded,
-            "train/truncated_share": truncated / texts,
+            "train/truncated_share": truncated / max(texts, 1),
             "train/data_wait_share": waited_s / duration_s,
             "train/memory_gib": memory_gib,
-            "train/epoch": step / schedule.steps_per_epoch,
             "train/pairs_seen": float(step * self._config.global_batch),
             "train/eta_s": (self._config.max_steps - step) * duration_s / num_steps,
             "train/elapsed_s": self.elapsed_s,

@@ -1,14 +1,21 @@
 """Whether a run may go on from what its folder holds."""
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 from largebatch.errors import UserError
 
 MAY_CHANGE = (
     "checkpoint",
+    "data.buffer_mib",
     "data.max_chars",
+    "data.max_skipped_share",
+    "data.on_fault",
     "data.prefetch",
+    "data.read_attempts",
+    "data.read_timeout_s",
+    "data.sources.*.urls",  # the shards may have moved; their fingerprints must not change
     "data.workers",
     "debug",
     "eval",
@@ -44,7 +51,9 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, folder: str) -
 
 
 def _may_change(key: str) -> bool:
-    return any(key == option or key.startswith(f"{option}.") for option in MAY_CHANGE)
+    return any(
+        fnmatchcase(key, pattern) for option in MAY_CHANGE for pattern in (option, f"{option}.*")
+    )
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -41,7 +41,9 @@ def train_step(
         batch.step, config.schedule, highest=config.optim.lr, max_steps=config.max_steps
     )
     set_learning_rate(optimizer, rate)
-    report = grad_cache.report(batch.queries, batch.documents, batch.negatives)
+    report = grad_cache.report(
+        batch.queries, batch.documents, batch.negatives, symmetric=batch.symmetric
+    )
     grad_norm = strategy.clip_gradients(config.optim.clip_norm)
     optimizer.step()
     optimizer.zero_grad()

@@ -14,7 +14,6 @@ import yaml
 from filelock import FileLock, Timeout
 
 from largebatch.config import TrainConfig
-from largebatch.data.stream import Stream
 from largebatch.errors import UserError
 from largebatch.gradcache import GradCache
 from largebatch.parallel.collectives import Collectives
@@ -24,7 +23,7 @@ from largebatch.parallel.process_group import (
     process_group,
     world_from_environment,
 )
-from largebatch.train.build import build_encoder, build_loss, build_schedule, build_source
+from largebatch.train.build import build_encoder, build_loss
 from largebatch.train.checkpoint import (
     Best,
     TrainState,
@@ -39,6 +38,7 @@ from largebatch.train.checkpoint import (
     save_checkpoint,
 )
 from largebatch.train.evaluation import Evaluation, load_sets
+from largebatch.train.feed import Feed
 from largebatch.train.loggers import RunLog
 from largebatch.train.memory import bound_kernel_cache
 from largebatch.train.metrics import StepMeter
@@ -86,8 +86,7 @@ class _Run:
         self.first_step, self.elapsed_before_s = collectives.on_main(self._find_progress)
 
         # 2. Data. Sets and shards are looked at before anything expensive.
-        self.source = build_source(config)
-        self.schedule = build_schedule(config, self.source)
+        self.feed = Feed(config, folder, self.world, first_step=self.first_step)
         self.dev_sets = load_sets(config.eval.dev, option="eval.dev")
         self.test_sets = load_sets(config.eval.test, option="eval.test")
 
@@ -96,9 +95,10 @@ class _Run:
         encoder = build_encoder(
             config,
             folder / "backbone",
-            self.source,
             collectives,
             resumes=self.first_step > 0,
+            sources=self.feed.sources,
+            shares=self.feed.schedule.shares(0),
         )
         self.encoder = encoder.to(device).train()
         if config.hardware.precision == "bf16":
@@ -119,16 +119,6 @@ class _Run:
             keep=config.keep,
             gradient_pass=self.strategy.gradient_pass,
         )
-        self.stream = Stream(
-            self.source,
-            self.schedule,
-            tokenizer=self.encoder.tokenizer,
-            text=self.encoder.text,
-            world=self.world,
-            workers=config.data.workers,
-            prefetch=config.data.prefetch,
-            max_chars=config.data.max_chars,
-        )
         self.evaluation = Evaluation(self.encoder, collectives, config.eval.batch_tokens)
 
     def restore(self) -> None:
@@ -140,6 +130,7 @@ class _Run:
         load_weights(self.checkpoints, self.first_step, self.state)
         load_optimizer(self.checkpoints, self.first_step, self.state)
         details = read_details(self.checkpoints, self.first_step)
+        self.feed.check_same_data(details["shards"])
         if details["world_size"] == self.world.size:
             load_random_state(
                 self.checkpoints, self.first_step, rank=self.world.rank, device=self.device
@@ -181,7 +172,7 @@ class _Run:
         eval_every = config.eval.every_steps or max(config.max_steps // 5, 1)
         save_every = config.checkpoint.every_steps or max(config.max_steps // 10, 1)
         meter = StepMeter(self.device, self.collectives, config, self.elapsed_before_s)
-        batches = self.stream.batches(self.first_step, config.max_steps)
+        batches = self.feed.batches(self.encoder.tokenizer, self.encoder.text)
         for step in range(self.first_step + 1, config.max_steps + 1):
             with meter.waiting_for_data():
                 batch = next(batches)
@@ -199,7 +190,9 @@ class _Run:
             if step % config.logger.every_steps == 0 or evaluates or saves:
                 # The one place where this process waits for the device. Also before each
                 # checkpoint, so that none ever holds weights that are not finite.
-                self._log(step, meter.read(step, self.schedule, self.strategy, self.loss))
+                values = meter.read(step, self.strategy, self.loss)
+                self.feed.count_skipped(step, meter.num_skipped)
+                self._log(step, values | self.feed.metrics(step))
             improved = False
             if evaluates:
                 with meter.paused():
@@ -308,7 +301,11 @@ class _Run:
                 self.state,
                 random_states=random_states,
                 best=self.best,
-                details={"config": self.settings, "elapsed_s": elapsed_s},
+                details={
+                    "config": self.settings,
+                    "elapsed_s": elapsed_s,
+                    "shards": self.feed.fingerprints(),
+                },
             )
             remove_old(
                 self.checkpoints,
@@ -324,17 +321,14 @@ class _Run:
 
     def _plan(self) -> list[str]:
         """Tell what was derived from the config."""
-        config, schedule = self.config, self.schedule
+        config = self.config
         millions = sum(p.numel() for p in self.strategy.parameters) / 1e6
         ranks = "1 rank" if self.world.size == 1 else f"{self.world.size} ranks"
         return [
             f"{config.name}: {millions:.1f}M parameters, steps {self.first_step + 1} to "
             f"{config.max_steps}, {ranks} on {self.device.type}, {torch.get_num_threads()} threads "
             "each",
-            f"data: {schedule.num_records:,} records, global batch {config.global_batch:,}, "
-            f"{schedule.steps_per_epoch:,} steps an epoch (which leaves out "
-            f"{schedule.records_left_out:,} records), "
-            f"{config.max_steps / schedule.steps_per_epoch:.1f} epochs",
+            *self.feed.plan(),
         ]
 
 

@@ -12,7 +12,7 @@ import pytest
 from cli import largebatch, running, train_line, write_retrieval_set, write_shards
 from filelock import FileLock
 
-from largebatch.data.schedule import Schedule
+from largebatch.data.schedule import Schedule, SourceShape
 from largebatch.data.shards import resolve_source
 from largebatch.data.text import train_tokenizer
 from largebatch.world import part_of_rank
@@ -206,9 +206,8 @@ def damage_what_only_rank_1_reads(folder: Path) -> Path:
     write_shards(folder / "shards", records_per_shard=4)
     found = resolve_source([str(folder / "shards")])
     assert all(len(shard.segments) == 1 for _, shard in found)
-    schedule = Schedule(
-        np.array([shard.num_records for _, shard in found]), global_batch=16, seed=0, lanes=4
-    )
+    sizes = np.array([shard.num_records for _, shard in found])
+    schedule = Schedule([SourceShape("tiny", sizes)], global_batch=16, seed=0, lanes=4)
     read = [
         {
             int(segment)

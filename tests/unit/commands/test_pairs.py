@@ -5,7 +5,8 @@ import pytest
 
 from largebatch.commands import pairs as command
 from largebatch.config import PairsConfig
-from largebatch.data.shards import read_segment, resolve_source
+from largebatch.data.segment import read_segment
+from largebatch.data.shards import resolve_source
 from largebatch.errors import UserError
 from largebatch.evaluate.beir import load_retrieval_set
 

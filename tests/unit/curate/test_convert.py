@@ -13,7 +13,8 @@ from largebatch.config import ShardConfig
 from largebatch.curate.convert import convert
 from largebatch.curate.rows import find_inputs
 from largebatch.data.records import Record
-from largebatch.data.shards import ShardIndex, read_segment, resolve_source
+from largebatch.data.segment import read_segment
+from largebatch.data.shards import ShardIndex, resolve_source
 from largebatch.errors import UserError
 
 

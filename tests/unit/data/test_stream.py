@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from largebatch.batch import Texts
+from largebatch.data.holes import rows_by_step
 from largebatch.data.records import Record
-from largebatch.data.schedule import Schedule
+from largebatch.data.schedule import Schedule, SourceShape
 from largebatch.data.shards import ShardWriter, resolve_source
-from largebatch.data.stream import Source, Stream, sample_texts
+from largebatch.data.source import Source
+from largebatch.data.stream import Stream, TextPhase, sample_texts
 from largebatch.data.text import TextSettings, train_tokenizer
 from largebatch.errors import UserError
 from largebatch.world import World
@@ -30,11 +32,11 @@ def record(number, **changes):
     return Record(**(fields | changes))
 
 
-def write(folder, records):
+def write(folder, records, name="here", **options):
     with ShardWriter(folder, records_per_shard=1500) as writer:
         for item in records:
             writer.write(item)
-    return Source.of_shards("here", resolve_source([str(folder)]), {})
+    return Source.of_shards(name, resolve_source([str(folder)]), {}, **options)
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +49,17 @@ def tokenizer():
     return train_tokenizer([f"w{word} q:" for word in range(30)], vocab_size=300)
 
 
-def stream(source, tokenizer, *, world=None, seed=0, **options):
-    schedule = Schedule(source.segment_sizes, global_batch=GLOBAL_BATCH, seed=seed, lanes=5)
+def stream(sources, tokenizer, *, world=None, seed=0, mixed=False, text=TEXT, **options):
+    sources = [sources] if isinstance(sources, Source) else sources
+    schedule = Schedule(
+        [SourceShape(source.name, source.segment_sizes, 1.0) for source in sources],
+        global_batch=GLOBAL_BATCH,
+        seed=seed,
+        lanes=5,
+        mixed=mixed,
+    )
     return Stream(
-        source, schedule, tokenizer=tokenizer, text=TEXT, world=world or World(), **options
+        sources, schedule, tokenizer=tokenizer, text=text, world=world or World(), **options
     )
 
 
@@ -105,12 +114,13 @@ def test_going_on_at_a_step_gives_the_same(source, tokenizer, expected, workers)
 
 def test_batches_are_the_schedules_records(source, tokenizer, expected):
     schedule = stream(source, tokenizer).schedule
-    segments = [source.read(number) for number in range(len(source.segments))]
+    segments = [list(source.read(number)) for number in range(len(source.segments))]
     for step, (ids, queries, documents, negatives) in enumerate(expected, 60):
         place = schedule.rows(step, range(GLOBAL_BATCH))
         records = [segments[s][o] for s, o in zip(place.segments, place.offsets, strict=True)]
-        assert ids == [r.id for r in records]
-        assert len(set(ids)) == GLOBAL_BATCH
+        assert ids == [f"here/{r.id}" for r in records]
+        # But for a batch on the border of two epochs, which may hold a record of both.
+        assert len(set(ids)) == GLOBAL_BATCH or step == 62
         one_by_one = [tokenizer("q: " + r.query)["input_ids"] for r in records]
         assert [len(tokens) for tokens in queries] == [min(len(t), 8) for t in one_by_one]
         assert all(t == q for t, q in zip(one_by_one, queries, strict=True) if len(t) <= 8)
@@ -127,7 +137,7 @@ def test_counts_truncated_texts_and_fits_the_batch_type(source, tokenizer):
     # Not known from the lengths alone: a text may fill its length without being cut.
     whole = [
         (f"{prompt}{text}", longest)
-        for r in (record(int(number)) for number in batch.ids)
+        for r in (record(int(name.removeprefix("here/"))) for name in batch.ids)
         for prompt, texts, longest in (("q: ", [r.query], 8), ("", [r.document, *r.negatives], 12))
         for text in texts
     ]
@@ -143,10 +153,10 @@ def test_leaves_the_random_state_alone(source, tokenizer):
 
 
 def test_sampled_texts_come_from_all_over(source):
-    texts = list(sample_texts(source, most_records=NUM_RECORDS, max_chars=200_000))
+    texts = list(sample_texts([source], [1.0], most_records=NUM_RECORDS, skip_faults=False))
     assert len(texts) == sum(2 + number % 3 for number in range(NUM_RECORDS))
     assert len(source.segments) >= 3
-    few = list(sample_texts(source, most_records=NUM_RECORDS // 3, max_chars=200_000))
+    few = list(sample_texts([source], [1.0], most_records=NUM_RECORDS // 3, skip_faults=False))
     assert 0 < len(few) < len(texts) / 2
 
 
@@ -154,11 +164,12 @@ def test_sampled_texts_come_from_all_over(source):
 def test_a_text_too_long_is_one_clear_error(tmp_path, tokenizer, workers):
     records = [record(number) for number in range(40)]
     records[7] = record(7, document="x" * 5001)
-    source = write(tmp_path, records)
+    source = write(tmp_path, records, max_chars=5000)
     with pytest.raises(UserError) as caught:
-        list(stream(source, tokenizer, workers=workers, max_chars=5000).batches(0, 2))
+        list(stream(source, tokenizer, workers=workers).batches(0, 2))
     message = str(caught.value)
-    assert message.startswith("record '7' of source 'here' has a text of 5,001 characters")
+    assert "record '7' has a text of 5,001 characters" in message
+    assert f"{tmp_path}/shard-000000.tar: member " in message
     assert "data.max_chars=5000" in message
     assert "\n" not in message
 
@@ -168,3 +179,122 @@ def test_a_shard_that_is_gone_is_one_clear_error(tmp_path, tokenizer):
     next(tmp_path.glob("*.tar")).unlink()
     with pytest.raises(UserError, match=r"shard .* is missing"):
         list(stream(source, tokenizer, workers=1).batches(0, 1))
+
+
+def skips(folder, tokenizer, **options):
+    """A stream of 40 records, two of which can't be used."""
+    records = [record(number) for number in range(40)]
+    records[7] = record(7, document=" ")
+    records[21] = record(21, query="x" * 5001)
+    source = write(folder, records, max_chars=5000)
+    return stream(source, tokenizer, skip_faults=True, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_skipped_record_is_a_hole_and_nothing_else_moves(tmp_path, tokenizer, size, workers):
+    whole = write(tmp_path / "whole", map(record, range(40)))
+    for step in range(3):
+        (expected,) = stream(whole, tokenizer).batches(step, step + 1)
+        parts = []
+        for rank in range(size):
+            world = World(rank=rank, size=size)
+            folder = tmp_path / f"skips-{step}-{rank}"
+            ranks_stream = skips(folder, tokenizer, workers=workers, world=world)
+            parts += list(ranks_stream.batches(step, step + 1))
+        holes = [hole for part in parts for hole in part.new_holes]
+        missing = {hole.row for hole in holes}
+        assert {hole.kind for hole in holes} <= {"empty", "too_large"}
+        assert [name for part in parts for name in part.ids] == [
+            name for row, name in enumerate(expected.ids) if row not in missing
+        ]
+        assert {expected.ids[row] for row in missing} == {
+            name for name in expected.ids if name in ("here/7", "here/21")
+        }
+        assert sum(part.num_holes for part in parts) == len(missing)
+        assert all(part.queries.num_texts == len(part.ids) for part in parts)
+
+
+def test_a_known_hole_stays_one_though_the_record_is_good_again(tmp_path, tokenizer):
+    with_holes = skips(tmp_path / "skips", tokenizer)
+    first = list(with_holes.batches(0, 3))
+    known = rows_by_step(hole for batch in first for hole in batch.new_holes)
+    assert sum(map(len, known.values())) >= 4
+    mended = write(tmp_path / "mended", map(record, range(40)))
+    again = list(stream(mended, tokenizer, skip_faults=True, known_holes=known).batches(0, 3))
+    assert [batch.ids for batch in again] == [batch.ids for batch in first]
+    assert [batch.num_holes for batch in again] == [batch.num_holes for batch in first]
+    assert all(batch.new_holes == [] for batch in again)
+
+
+def test_a_segment_that_cannot_be_read_is_tried_once(tmp_path, tokenizer, monkeypatch):
+    source = write(tmp_path, map(record, range(40)))
+    next(tmp_path.glob("*.tar")).unlink()
+    reads = []
+    read = Source.read
+    monkeypatch.setattr(Source, "read", lambda self, n: reads.append(n) or read(self, n))
+    (one, two) = stream(source, tokenizer, skip_faults=True).batches(0, 2)
+    assert one.num_holes == two.num_holes == GLOBAL_BATCH
+    assert {hole.kind for hole in one.new_holes} == {"missing"}
+    assert reads == [0]
+
+
+def test_a_small_buffer_reads_again_and_gives_the_same(source, tokenizer, expected):
+    tight = stream(source, tokenizer, buffer_bytes=1)
+    assert [batch.ids for batch in tight.batches(60, 65)] == [step[0] for step in expected]
+
+
+def two_sources(folder, **options):
+    return [
+        write(
+            folder / name,
+            (record(n, source=name, negatives=["a", "b", "c"]) for n in range(60)),
+            name,
+            **options.get(name, {}),
+        )
+        for name in ("one", "two")
+    ]
+
+
+def test_each_source_has_its_prompts_negatives_and_direction(tmp_path, tokenizer):
+    sources = two_sources(
+        tmp_path,
+        one={"query_prompt": "w1 w2 ", "document_prompt": "w3 ", "max_negatives": 1},
+        two={"symmetric": True},
+    )
+    seen = set()
+    for batch in stream(sources, tokenizer).batches(0, 6):
+        (name,) = {record_id.partition("/")[0] for record_id in batch.ids}
+        seen.add(name)
+        begin = tokenizer("w1 w2" if name == "one" else "q:")["input_ids"][:-1]
+        assert all(tokens[: len(begin)] == begin for tokens in lists(batch.queries))
+        assert batch.negatives.num_texts == GLOBAL_BATCH * (1 if name == "one" else 3)
+        negative = tokenizer("w3 a" if name == "one" else "a")["input_ids"]
+        assert lists(batch.negatives)[0] == negative
+        assert batch.symmetric is (None if name == "one" else True)
+    assert seen == {"one", "two"}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_mixed_batches_are_the_same_for_any_ranks(tmp_path, tokenizer, size):
+    sources = two_sources(tmp_path, one={"query_prompt": "w1 "})
+    found = global_batches(sources, tokenizer, 0, 6, size=size, mixed=True)
+    assert found == global_batches(sources, tokenizer, 0, 6, mixed=True, workers=2)
+    for ids, queries, _, _ in found:
+        names = [record_id.partition("/")[0] for record_id in ids]
+        assert 15 <= names.count("one") <= 22
+        begins = {name: tokenizer(text)["input_ids"][1] for name, text in BEGINS.items()}
+        assert [tokens[1] for tokens in queries] == [begins[name] for name in names]
+
+
+BEGINS = {"one": "w1", "two": "q:"}
+
+
+def test_lengths_change_with_the_step(source, tokenizer):
+    short = TextSettings(query_prompt="q: ", query_max_tokens=5, document_max_tokens=6)
+    phases = [TextPhase(0, short), TextPhase(2, TEXT)]
+    longest = [
+        (batch.queries.lengths.max(), batch.documents.lengths.max())
+        for batch in stream(source, tokenizer, text=phases).batches(0, 4)
+    ]
+    assert longest == [(5, 6), (5, 6), (8, 11), (8, 11)]

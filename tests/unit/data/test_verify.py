@@ -5,8 +5,10 @@ import tarfile
 import pytest
 
 from largebatch.data.records import Record
-from largebatch.data.shards import ShardIndex, ShardWriter, read_segment, resolve_source
-from largebatch.data.verify import build_index, shard_files, verify
+from largebatch.data.segment import read_segment
+from largebatch.data.shards import ShardIndex, ShardWriter, resolve_source
+from largebatch.data.scan import PARTIAL_NAME, build_index, shard_files
+from largebatch.data.verify import verify
 from largebatch.errors import UserError
 
 

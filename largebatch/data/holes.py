@@ -1,0 +1,64 @@
+"""Holes: rows of a batch whose records can't be used and were skipped.
+
+A hole keeps its place: the schedule never shifts for it, and the row is missing on all ranks. Each
+rank notes its holes in a file of its own in the run folder before the step that they belong to, so
+that a resumed run leaves the same rows out, on any number of ranks, even if a store that did not
+answer then does now.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from largebatch.batch import Hole
+from largebatch.errors import UserError
+
+
+class HoleLog:
+    """The holes of one rank, in `holes/rank-00000.jsonl`."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._file = folder / f"rank-{rank:05d}.jsonl"
+
+    def add(self, holes: Iterable[Hole]) -> None:
+        """Note holes; they are on the disk when this returns."""
+        lines = "".join(json.dumps(hole._asdict(), ensure_ascii=False) + "\n" for hole in holes)
+        if not lines:
+            return
+        self._file.parent.mkdir(exist_ok=True)
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_holes(folder: Path) -> list[Hole]:
+    """Return the holes that all ranks noted, by step and row, each once.
+
+    Raises:
+        UserError: A file there is damaged.
+    """
+    found: dict[tuple[int, int], Hole] = {}
+    for file in sorted(folder.glob("rank-*.jsonl")):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        # A kill may have cut the last line off; its step was not trained then.
+        for number, line in enumerate(text.split("\n")[:-1], start=1):
+            try:
+                hole = Hole(**json.loads(line))
+            except (ValueError, TypeError):
+                raise UserError(
+                    f"{file}, line {number}, is no hole; the file is damaged: restore it, or start "
+                    "a new run"
+                ) from None
+            found.setdefault((hole.step, hole.row), hole)
+    return [found[place] for place in sorted(found)]
+
+
+def rows_by_step(holes: Iterable[Hole]) -> dict[int, set[int]]:
+    """Return the rows of each step that are holes."""
+    rows: defaultdict[int, set[int]] = defaultdict(set)
+    for hole in holes:
+        rows[hole.step].add(hole.row)
+    return dict(rows)

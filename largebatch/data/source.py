@@ -1,0 +1,99 @@
+"""A source: one set of shards, every segment of it in a fixed order."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from largebatch.data.index import SegmentTable, Shard
+from largebatch.data.locations import Retries
+from largebatch.data.segment import SegmentRecords, read_segment
+
+IndexArray = npt.NDArray[np.int64]
+
+
+class Source(NamedTuple):
+    """Where the records of a source are, and how they are used."""
+
+    name: str
+    """Its name in the config."""
+    shards: list[str]
+    """Urls of its shards."""
+    shard_of_segment: IndexArray
+    """`[S]`, number of each segment's shard."""
+    segments: SegmentTable
+    """`[S]`, where each lies in its shard."""
+    fields: Mapping[str, str]
+    """Names of the records' fields, as in `record_from_mapping`."""
+    query_prompt: str | None = None
+    """Put before its queries; None: the model's own prompt."""
+    document_prompt: str | None = None
+    """Put before its documents and negatives; None: the model's own prompt."""
+    max_negatives: int | None = None
+    """Most negatives of a record that are used."""
+    symmetric: bool | None = None
+    """Whether its batches are matched both ways; None: as the loss says."""
+    max_chars: int | None = None
+    """Longest text that is no fault."""
+    retries: Retries = Retries()
+    """How often a remote read is tried."""
+
+    @classmethod
+    def of_shards(
+        cls,
+        name: str,
+        shards: Sequence[tuple[str, Shard]],
+        fields: Mapping[str, str],
+        **options: Any,
+    ) -> Self:
+        """List the segments of shards; `options` are further fields of the source."""
+        tables = [shard.segments for _, shard in shards]
+        return cls(
+            name,
+            [url for url, _ in shards],
+            np.repeat(np.arange(len(tables)), [len(table) for table in tables]),
+            SegmentTable.concatenate(tables),
+            fields,
+            **options,
+        )
+
+    @property
+    def segment_sizes(self) -> IndexArray:
+        """Return `[S]` records of each segment."""
+        return self.segments.num_records
+
+    def shard_of(self, number: int) -> str:
+        """Return the url of a segment's shard."""
+        return self.shards[int(self.shard_of_segment[number])]
+
+    def read(self, number: int) -> SegmentRecords:
+        """Read a segment.
+
+        Raises:
+            DataError: Nothing in it can be used.
+        """
+        return read_segment(
+            self.shard_of(number),
+            self.segments[number],
+            fields=self.fields,
+            source=self.name,
+            max_chars=self.max_chars,
+            retries=self.retries,
+        )
+
+    def fingerprint(self) -> str:
+        """Return a hash of what its index says, without the places where the shards lie."""
+        digest = hashlib.sha256(self.name.encode())
+        for shard in self.shards:
+            digest.update(f"{shard.rpartition('/')[2]}\n".encode())
+        digest.update(self.shard_of_segment.astype("<i8").tobytes())
+        for column in (
+            self.segments.offsets,
+            self.segments.num_bytes,
+            self.segments.num_records,
+            self.segments.crc32,
+        ):
+            digest.update(column.astype("<i8").tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,154 @@
+"""The data of a run: its batches, and what is noted of them on the way."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from largebatch.batch import RankBatch
+from largebatch.config import TrainConfig
+from largebatch.data.holes import HoleLog, read_holes, rows_by_step
+from largebatch.data.stream import Stream
+from largebatch.data.text import TextSettings
+from largebatch.errors import UserError
+from largebatch.train.build import build_schedule, build_sources, text_phases
+from largebatch.world import World
+
+SHARE_OF_AT_LEAST = 1_000_000
+"""Pairs that `data.max_skipped_share` is a share of at the beginning of a run."""
+
+
+class Feed:
+    """Sources, schedule and stream of a run.
+
+    Args:
+        config: Of the run.
+        folder: The run folder.
+        world: Which part of each batch is this rank's.
+        first_step: Steps taken before.
+
+    Raises:
+        UserError: The shards can't be used, or hold too little.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path, world: World, *, first_step: int) -> None:
+        self.config = config
+        self.folder = folder
+        self.world = world
+        self.first_step = first_step
+        self.sources = build_sources(config)
+        self.schedule = build_schedule(config, self.sources)
+        if (steps := self.schedule.num_steps) is not None and steps < config.max_steps:
+            raise UserError(
+                f"max_steps={config.max_steps} is more than the {steps:,} batches that the sources "
+                "give within data.sources.*.epochs; lower it, or raise or unset those"
+            )
+        self._holes = HoleLog(folder / "holes", world.rank)
+        self._known_holes = read_holes(folder / "holes")
+        self.num_skipped = sum(hole.step < first_step for hole in self._known_holes)
+        """Rows of all ranks that were skipped so far."""
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return a hash of each source's index."""
+        return {source.name: source.fingerprint() for source in self.sources}
+
+    def check_same_data(self, saved: dict[str, str]) -> None:
+        """Check that the shards are those that the run began with.
+
+        Raises:
+            UserError: Those of a source are not; names it.
+        """
+        now = self.fingerprints()
+        for name, fingerprint in saved.items():
+            if now.get(name) != fingerprint:
+                raise UserError(
+                    f"the shards of data.sources.{name} are not those that {self.folder} was "
+                    "trained on so far (another index.json); bring them back, or choose another "
+                    "output_dir"
+                )
+
+    def batches(self, tokenizer: Any, text: TextSettings) -> Iterator[RankBatch]:
+        """Yield this rank's part of each batch from the first step to the last.
+
+        What is skipped is on the disk before the batch is handed out.
+
+        Raises:
+            UserError: A shard or a record can't be used.
+        """
+        data = self.config.data
+        stream = Stream(
+            self.sources,
+            self.schedule,
+            tokenizer=tokenizer,
+            text=text_phases(text, data.curriculum),
+            world=self.world,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            buffer_bytes=data.buffer_mib * 2**20,
+            skip_faults=data.on_fault == "skip",
+            known_holes=rows_by_step(self._known_holes),
+        )
+        for batch in stream.batches(self.first_step, self.config.max_steps):
+            self._holes.add(batch.new_holes)
+            if self.config.logger.records:
+                self._note_records(batch)
+            yield batch
+
+    def count_skipped(self, step: int, skipped: int) -> None:
+        """Add rows that all ranks skipped since the last call.
+
+        Raises:
+            UserError: It is more than the config allows.
+        """
+        self.num_skipped += skipped
+        pairs = step * self.config.global_batch
+        most = self.config.data.max_skipped_share * max(pairs, SHARE_OF_AT_LEAST)
+        if self.num_skipped > most:
+            raise UserError(
+                f"step {step}: {self.num_skipped:,} of {pairs:,} pairs were skipped, more than "
+                f"data.max_skipped_share={self.config.data.max_skipped_share} allows "
+                f"({most:,.0f}); see {self.folder / 'holes'}, mend the shards, or raise the option"
+            )
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Return how much of each source was given before `step`, beside what was wanted."""
+        given = self.schedule.rows_given(step)
+        values = {
+            "train/epoch": given.sum() / self.schedule.epoch_records.sum(),
+            "train/skipped_pairs": float(self.num_skipped),
+        }
+        if len(self.sources) > 1:
+            shares = self.schedule.shares(max(step - 1, 0))
+            epochs = self.schedule.epochs(step)
+            for number, source in enumerate(self.sources):
+                values |= {
+                    f"mix/{source.name}/share": given[number] / max(given.sum(), 1),
+                    f"mix/{source.name}/wanted": shares[number],
+                    f"mix/{source.name}/epoch": epochs[number],
+                }
+        return {name: float(value) for name, value in values.items()}
+
+    def plan(self) -> list[str]:
+        """Tell what the data is and how long it lasts."""
+        schedule, config = self.schedule, self.config
+        stop = config.max_steps
+        given, epochs = schedule.rows_given(stop), schedule.epochs(stop)
+        lines = [
+            f"data: {schedule.num_records:,} records, global batch {config.global_batch:,} "
+            f"({config.data.batches}), {given.sum() / schedule.epoch_records.sum():.1f} epochs"
+        ]
+        for number, source in enumerate(self.sources):
+            left_out = int(schedule.left_out()[number])
+            lines.append(
+                f"  {source.name}: {schedule.source_records[number]:,} records, "
+                f"{given[number] / given.sum():.1%} of the run, {epochs[number]:.1f} epochs"
+                + (f", each of which leaves out {left_out:,} records" if left_out else "")
+            )
+        return lines
+
+    def _note_records(self, batch: RankBatch) -> None:
+        file = self.folder / "records" / f"rank-{self.world.rank:05d}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        line = json.dumps({"step": batch.step, "records": batch.ids}, ensure_ascii=False)
+        with file.open("a", encoding="utf-8") as out:
+            out.write(line + "\n")
