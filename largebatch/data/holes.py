@@ -17,10 +17,15 @@ from largebatch.errors import UserError
 
 
 class HoleLog:
-    """The holes of one rank, in `holes/rank-00000.jsonl`."""
+    """The holes of one rank, in `holes/rank-00000.jsonl`; what is there is kept."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._file = folder / f"rank-{rank:05d}.jsonl"
+        if self._file.exists():
+            # A kill may have cut the last line off; its step was not trained then.
+            content = self._file.read_bytes()
+            with self._file.open("r+b") as file:
+                file.truncate(content.rfind(b"\n") + 1)
 
     def add(self, holes: Iterable[Hole]) -> None:
         """Note holes; they are on the disk when this returns."""
@@ -43,7 +48,7 @@ def read_holes(folder: Path) -> list[Hole]:
     found: dict[tuple[int, int], Hole] = {}
     for file in sorted(folder.glob("rank-*.jsonl")):
         text = file.read_text(encoding="utf-8", errors="replace")
-        # A kill may have cut the last line off; its step was not trained then.
+        # Without what follows the last line's end: a kill, or another rank that is writing it.
         for number, line in enumerate(text.split("\n")[:-1], start=1):
             try:
                 hole = Hole(**json.loads(line))

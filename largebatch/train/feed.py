@@ -147,7 +147,10 @@ class Feed:
         return lines
 
     def _note_records(self, batch: RankBatch) -> None:
-        file = self.folder / "records" / f"rank-{self.world.rank:05d}.jsonl"
+        # The number of ranks is in the name, since a resumed run may have others, whose parts of a
+        # step that is taken again are other ones.
+        rank, size = self.world.rank, self.world.size
+        file = self.folder / "records" / f"rank-{rank:05d}-of-{size:05d}.jsonl"
         file.parent.mkdir(exist_ok=True)
         line = json.dumps({"step": batch.step, "records": batch.ids}, ensure_ascii=False)
         with file.open("a", encoding="utf-8") as out:

@@ -7,6 +7,7 @@ import warnings
 import pyarrow as pa
 import pytest
 import webdataset as wds
+import zstandard
 from pyarrow import parquet
 
 from largebatch.config import ShardConfig
@@ -30,11 +31,15 @@ def write(path, rows):
 
 def contents(folder):
     urls = [url for url, _ in resolve_source([str(folder)])]
-    stages = (wds.SimpleShardList(urls), wds.tarfile_to_samples(), wds.decode())
+    stages = (wds.SimpleShardList(urls), wds.tarfile_to_samples())
     # webdataset leaves the closing of its files to the garbage collector, which warns.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
-        rows = [sample["json"] for sample in wds.DataPipeline(*stages)]
+        rows = [
+            json.loads(line)
+            for sample in wds.DataPipeline(*stages)
+            for line in zstandard.decompress(sample["jsonl.zst"]).splitlines()
+        ]
         gc.collect()
     return rows
 

@@ -1,21 +1,31 @@
 import io
 import json
+import os
 import tarfile
 
 import pytest
 
+from largebatch.data.packed import pack
 from largebatch.data.records import Record
+from largebatch.data.scan import PARTIAL_NAME, build_index, shard_files
 from largebatch.data.segment import read_segment
 from largebatch.data.shards import ShardIndex, ShardWriter, resolve_source
-from largebatch.data.scan import PARTIAL_NAME, build_index, shard_files
 from largebatch.data.verify import verify
-from largebatch.errors import UserError
+from largebatch.errors import DataError, UserError
+
+
+@pytest.fixture(params=["packed", "samples"])
+def shards(tmp_path, request):
+    return write_shards(tmp_path / "shards", request.param)
 
 
 @pytest.fixture
-def shards(tmp_path):
-    folder = tmp_path / "shards"
-    with ShardWriter(folder, records_per_shard=1200) as writer:
+def samples(tmp_path):
+    return write_shards(tmp_path / "samples", "samples")
+
+
+def write_shards(folder, layout):
+    with ShardWriter(folder, records_per_shard=1200, layout=layout) as writer:
         for i in range(2500):
             writer.write(Record(f"q{i}", f"d{i}", [], "s", str(i)))
     return folder
@@ -25,8 +35,13 @@ def problems_of(folder, **fields):
     return verify(folder, fields=fields, on_bytes=lambda _: None)
 
 
-def index_of(*paths):
-    return build_index(paths, on_bytes=lambda _: None)
+def index_of(*paths, **options):
+    faults = []
+    options = {"on_bytes": lambda _: None, "on_fault": faults.append} | options
+    try:
+        return build_index(paths, **options)
+    finally:
+        index_of.faults = faults
 
 
 def write_tar(path, members):
@@ -38,10 +53,68 @@ def write_tar(path, members):
 
 
 def test_an_index_made_from_the_shards_is_the_one_written_with_them(shards):
-    num_bytes = []
     paths = shard_files([f"{shards}/*.tar"])
-    assert build_index(paths, on_bytes=num_bytes.append) == ShardIndex.load(shards)
+    written = ShardIndex.load(shards)
+    for workers in (1, 2):
+        num_bytes = []
+        assert index_of(*paths, workers=workers, on_bytes=num_bytes.append) == written
+        assert ShardIndex.load(shards) == written
+        assert sum(num_bytes) == sum(path.stat().st_size for path in paths)
+    assert written.shards[0].segments.crc32.min() >= 0
+
+
+def test_an_index_that_was_stopped_is_gone_on_with(shards):
+    paths = shard_files([f"{shards}/*.tar"])
+    written = ShardIndex.load(shards)
+    (shards / "index.json").unlink()
+    good = paths[1].read_bytes()
+    paths[1].write_bytes(good[:-2048] + b"x" * 2048)
+    with pytest.raises(DataError, match=r"shard-000001\.tar: no tar header"):
+        index_of(*paths)
+    assert not (shards / "index.json").exists()
+    partial = shards / PARTIAL_NAME
+    assert partial.read_bytes().count(b'"file"') == 2
+    with partial.open("ab") as file:
+        file.write(b'{"mtime_ns": 1, "sh')  # killed as it wrote
+    # What is done is not read again, and what has changed since is.
+    paths[1].write_bytes(good)
+    stat = paths[0].stat()
+    paths[0].write_bytes(b"x" * stat.st_size)
+    os.utime(paths[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    paths[2].write_bytes(paths[2].read_bytes())
+    os.utime(paths[2], ns=(0, 0))
+    num_bytes = []
+    assert index_of(*paths, on_bytes=num_bytes.append) == written
+    assert num_bytes[0] == stat.st_size
     assert sum(num_bytes) == sum(path.stat().st_size for path in paths)
+    assert not partial.exists()
+
+
+def test_every_shard_that_cannot_be_indexed_is_told_in_a_line(shards):
+    paths = shard_files([f"{shards}/*.tar"])
+    paths[0].write_bytes(b"\0" * 10240)
+    paths[1].write_bytes(b"\x1f\x8b" + b"\1" * 600)
+    with pytest.raises(UserError, match="2 of 3 shards can't be indexed"):
+        index_of(*paths)
+    first, second = index_of.faults
+    assert first == f"{paths[0]} holds no samples; leave it out or delete it"
+    assert second.startswith(f"{paths[1]}: no tar header at byte 0 (")
+    assert "\n" not in second
+
+
+def test_shards_of_both_layouts_in_one_tar_are_indexed(tmp_path):
+    lines = [b'{"query": "q", "document": "d"}'] * 3
+    members = [("a.json", lines[0]), ("b.json", lines[0]), ("c.jsonl.zst", pack(lines))]
+    members += [("d.jsonl.zst", pack([])), ("e.jsonl.zst", pack(lines[:1])), ("f.json", lines[0])]
+    write_tar(tmp_path / "x.tar", members)
+    index = index_of(tmp_path / "x.tar")
+    assert index.shards[0].segments.num_records.tolist() == [2, 3, 1, 1]
+    assert problems_of(tmp_path) == []
+    ((url, shard),) = resolve_source([str(tmp_path)])
+    records = [r for g in shard.segments for r in read_segment(url, g, fields={}, source="s")]
+    assert [r.id for r in records] == [
+        f"x.tar:{name}" for name in ("a", "b", "c:1", "c:2", "c:3", "e:1", "f")
+    ]
 
 
 def test_shards_of_others_are_indexed_without_splitting_samples(tmp_path):
@@ -52,11 +125,13 @@ def test_shards_of_others_are_indexed_without_splitting_samples(tmp_path):
         for side in ("query", "document")
     ]
     write_tar(path, members)
-    index_of(path).save(tmp_path)
+    index_of(path)
     (url, shard) = resolve_source([str(tmp_path)])[0]
     assert [segment.num_records for segment in shard.segments] == [1000, 500]
     records = read_segment(url, shard.segments[1], fields={}, source="s")
-    assert records[0] == Record("query 1000", "document 1000", [], "s", f"x.tar:{'dir/' * 30}1000")
+    assert records.record(0) == Record(
+        "query 1000", "document 1000", [], "s", f"x.tar:{'dir/' * 30}1000"
+    )
     assert problems_of(tmp_path) == []
 
 
@@ -110,15 +185,25 @@ def test_good_shards_have_no_problems(shards):
     assert problems_of(shards, query="document", document="query") == []
 
 
-def test_all_problems_are_reported(shards):
-    (shards / "shard-000000.tar").unlink()
-    with (shards / "shard-000001.tar").open("r+b") as file:
+def test_shards_are_checked_by_several_processes(samples):
+    (samples / "shard-000001.tar").unlink()
+    problems = verify(samples, fields={"document": "body"}, workers=2, on_bytes=lambda _: None)
+    assert [problem.partition(": ")[0].rpartition("/")[2] for problem in problems] == [
+        "shard-000000.tar",
+        "shard-000001.tar is missing",
+        "shard-000002.tar",
+    ]
+
+
+def test_all_problems_are_reported(samples):
+    (samples / "shard-000000.tar").unlink()
+    with (samples / "shard-000001.tar").open("r+b") as file:
         file.seek(512)
         file.write(b'{"query": "\xff')
-    with (shards / "shard-000002.tar").open("ab") as file:
+    with (samples / "shard-000002.tar").open("ab") as file:
         file.write(b"more")
-    (shards / "other.tar").touch()
-    problems = problems_of(shards)
+    (samples / "other.tar").touch()
+    problems = problems_of(samples)
     assert len(problems) == 6
     for part, problem in zip(
         [
@@ -137,8 +222,9 @@ def test_all_problems_are_reported(shards):
 
 def test_records_without_the_fields_are_reported(shards):
     problems = problems_of(shards, document="body")
-    assert len(problems) == 5, "one for each segment"
+    assert len(problems) == 3, "one for each shard"
     assert "fields.document='body' is not among its fields" in problems[0]
+    assert problems[0].endswith("(and 1,199 more records)")
 
 
 def test_empty_texts_are_reported(tmp_path):
@@ -146,23 +232,27 @@ def test_empty_texts_are_reported(tmp_path):
         writer.write(Record("q", "d", [], "s", "good"))
         writer.write(Record("q", " ", [], "s", "bad"))
     (problem,) = problems_of(tmp_path)
-    assert "1 records have an empty query or document (first: 'bad')" in problem
+    assert "member '000000000.jsonl.zst' at byte 0 (line 2): record 'bad' has an empty" in problem
 
 
-def test_segments_that_miss_records_are_reported(shards):
-    index = json.loads((shards / "index.json").read_text())
+def test_segments_that_miss_records_are_reported(samples):
+    index = json.loads((samples / "index.json").read_text())
     segments = index["shards"][0]["segments"]
     assert [segment[2] for segment in segments] == [1000, 200]
-    whole = segments[1]
+
+    def problems():
+        (samples / "index.json").write_text(json.dumps(index))
+        return problems_of(samples)
+
+    first, whole = segments
     # The same number of records, but the second segment ends a sample early.
-    segments[1] = [whole[0], whole[1] - 1024, whole[2]]
-    (shards / "index.json").write_text(json.dumps(index))
-    (problem,) = problems_of(shards)
-    assert "do not hold all of its records" in problem
+    segments[1] = [whole[0], whole[1] - 1024, *whole[2:]]
+    assert ["do not hold all of its records" in problem for problem in problems()] == [True]
+    segments[:] = [first, [*whole[:3], whole[3] ^ 1]]
+    assert ["crc32 of its segments" in problem for problem in problems()] == [True]
     # The same records, cut elsewhere, are as good.
-    segments[:] = [[0, whole[0] + whole[1], 1200]]
-    (shards / "index.json").write_text(json.dumps(index))
-    assert problems_of(shards) == []
+    segments[:] = [[0, whole[0] + whole[1], 1200, 0]]
+    assert problems() == []
 
 
 def test_an_index_without_records_is_a_problem(tmp_path):

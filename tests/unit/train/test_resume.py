@@ -43,6 +43,8 @@ def test_the_same_config_continues():
         {"eval": EvalConfig(dev={"d": "folder"})},
         {"checkpoint": CheckpointConfig(keep_last=9)},
         {"data": DataConfig(sources=SOURCES, workers=3, prefetch=9, max_chars=10)},
+        {"data": DataConfig(sources=SOURCES, on_fault="skip", read_timeout_s=5)},
+        {"data": DataConfig(sources={"mine": SourceConfig(urls=["s3://moved/there"])})},
     ],
 )
 def test_how_and_how_long_may_change(changes):
@@ -58,8 +60,8 @@ def test_how_and_how_long_may_change(changes):
         ({"temperature": TemperatureConfig(learned=True)}, "temperature.learned: False -> True"),
         ({"data": DataConfig(sources=SOURCES, lanes=3)}, "data.lanes: 64 -> 3"),
         (
-            {"data": DataConfig(sources={"mine": SourceConfig(urls=["other"])})},
-            "data.sources.mine.urls: ['shards'] -> ['other']",
+            {"data": DataConfig(sources={"mine": SourceConfig(urls=["shards"], epochs=2)})},
+            "data.sources.mine.epochs: None -> 2",
         ),
     ],
 )
