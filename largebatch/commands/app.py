@@ -81,11 +81,9 @@ def _action(name: str, rest: Sequence[str], actions: Sequence[str]) -> str:
     """Return the action of a command that has several."""
     word = rest[0] if rest else ""
     if word not in actions:
-        near = nearest(word, actions)
         says = f"{word!r} is no action of {name}" if word else f"{name} needs an action"
-        hint = f"; did you mean {near}?" if near else ""
         forms = " or ".join(f"`largebatch {name} {action} ...`" for action in actions)
-        raise UserError(f"{says}{hint} (it is {forms})")
+        raise UserError(f"{says}: {forms}")
     return word
 
 

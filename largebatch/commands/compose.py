@@ -28,7 +28,9 @@ def compose(presets: Presets, overrides: Sequence[str]) -> DictConfig:
     """Compose the config of one job; raise UserError for the first override that is wrong."""
     translated, debug = translate(presets, overrides)
     try:
-        config = hydra.compose(presets.command.primary_config, [*translated, *presets.hydra_overrides])
+        config = hydra.compose(
+            presets.command.primary_config, [*translated, *presets.hydra_overrides]
+        )
     except HydraException as error:
         raise UserError(_explain(presets.command.config_class, error, translated)) from error
     except OmegaConfBaseException as error:
@@ -54,7 +56,9 @@ def show(presets: Presets, overrides: Sequence[str], line: Line) -> None:
     engine = GlobalHydra.instance().hydra
     assert engine is not None
     if line.cfg:
-        engine.show_cfg(presets.command.primary_config, translated, line.cfg, line.package, line.resolve)
+        engine.show_cfg(
+            presets.command.primary_config, translated, line.cfg, line.package, line.resolve
+        )
     elif line.info:
         engine.show_info(line.info, presets.command.primary_config, translated)
 

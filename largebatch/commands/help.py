@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from largebatch.commands.flags import FLAGS
-from largebatch.commands.options import Option, list_options, name_type
+from largebatch.commands.options import Option, list_options, name_type, num_own_options
 from largebatch.commands.table import COMMANDS, actions_of
 
 if TYPE_CHECKING:
@@ -75,6 +75,14 @@ def command_help(presets: "Presets", overrides: Sequence[str]) -> str:
         "Examples:",
         *(f"  largebatch {command.name} {example}" for example in command.examples),
     ]
+    options = list(list_options(command.config_class))
+    # What it adds to another command's options is told first.
+    own = options[: num_own_options(command.config_class)]
+    others = "Options of the run, as for `largebatch train`" if own else "Options"
+    if own:
+        lines += ["", "Options of its own (type, value without further arguments in brackets):"]
+        for option in own:
+            lines += _option(option, OmegaConf.select(config, option.key, throw_on_missing=False))
     if names:
         lines += ["", f"Presets (the word after {command.name}, or {command.preset_group}=PRESET):"]
         lines += [_entry(name, presets.describe(command.preset_group, name)) for name in names]
@@ -85,8 +93,8 @@ def command_help(presets: "Presets", overrides: Sequence[str]) -> str:
                 f"  {group}=",
                 *(_entry(f"  {c}", presets.describe(group, c)) for c in choices),
             ]
-    lines += ["", "Options (type, value without further arguments in brackets):"]
-    for option in list_options(command.config_class):
+    lines += ["", f"{others} (type, value without further arguments in brackets):"]
+    for option in options[len(own) :]:
         lines += _option(option, OmegaConf.select(config, option.key, throw_on_missing=False))
     lines += ["", "Flags:", *(_entry(flag, text) for flag, text in FLAGS.items())]
     return "\n".join(lines)

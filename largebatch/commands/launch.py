@@ -10,6 +10,8 @@ import logging
 import os
 import signal
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -18,6 +20,8 @@ from largebatch.commands.failures import LAUNCHED, Failure, RanksFailed, read_er
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+_LOOK_EVERY_S = 0.5
 
 
 def launch(entrypoint: Sequence[str], *, ranks: int, threads: int = 0) -> None:
@@ -93,17 +97,25 @@ def first_failure(failures: "dict[int, ProcessFailure]") -> RanksFailed:
 def prepare_rank() -> None:
     """Make Ctrl-C end this rank at once and silently, even inside a collective.
 
-    Warnings of ours come from rank 0 alone.
+    It also ends when its launcher was killed, which can't pass that on: it would train on unseen,
+    and keep the run folder locked. Warnings of ours come from rank 0 alone.
     """
     if LAUNCHED in os.environ:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        threading.Thread(target=_end_with, args=(int(os.environ[LAUNCHED]),), daemon=True).start()
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("largebatch").setLevel(logging.ERROR)
 
 
+def _end_with(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(_LOOK_EVERY_S)
+    os._exit(1)
+
+
 def _rank_environment(ranks: int, threads: int) -> dict[str, str]:
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    wanted = {LAUNCHED: "1"}
+    wanted = {LAUNCHED: str(os.getpid())}
     if threads or "OMP_NUM_THREADS" not in os.environ:
         wanted["OMP_NUM_THREADS"] = str(threads or max(1, (available or 1) // ranks))
     return wanted

@@ -50,6 +50,12 @@ def list_options(config_class: type[Any], prefix: str = "") -> Iterator[Option]:
             yield Option(prefix + name, hints[name], documentation.get(name, ""))
 
 
+def num_own_options(config_class: type[Any]) -> int:
+    """Return how many options a class has beyond those of the one that it extends, if it does."""
+    extends = any(dataclasses.is_dataclass(parent) for parent in config_class.__bases__)
+    return len(inspect.get_annotations(config_class)) if extends else 0
+
+
 def find_option(config_class: type[Any], key: str, *, groups: Iterable[str] = ()) -> Place:
     """Return where `key` leads, or raise UserError with the nearest key that exists.
 

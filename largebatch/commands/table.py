@@ -26,8 +26,9 @@ class Command(NamedTuple):
 
     @property
     def primary_config(self) -> str:
-        """Name of the file in `conf/` that it is composed from: that of `train` for all that is
-        configured as a run is.
+        """Name of the file in `conf/` that it is composed from.
+
+        It is that of `train` for all that is configured as a run is.
         """
         return "train" if issubclass(self.config_class, schema.TrainConfig) else self.name
 

@@ -1,5 +1,8 @@
 """The stream: one rank's part of each global batch, read and tokenized ahead of the step."""
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -83,6 +86,7 @@ class Stream:
             num_workers=self.workers,
             prefetch_factor=self.prefetch if self.workers else None,
             collate_fn=_unchanged,
+            worker_init_fn=_end_with_rank,
             # Its own generator: the loader must not draw from the one that dropout draws from.
             generator=torch.Generator(),
         )
@@ -214,6 +218,22 @@ class _Parts(IterableDataset[RankBatch | _Failure]):
                 yield self.maker.batch(step, rows)
         except UserError as error:
             yield _Failure(str(error))
+
+
+def _end_with_rank(_worker: int) -> None:
+    """Make this loader process end when the process that started it does, even by SIGKILL.
+
+    torch looks after that only between two batches: a process whose batch nobody takes any more
+    would stay for ever, and with it the lock on the run folder, which it inherited.
+    """
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+
+    def wait() -> None:
+        rank.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _prompt(own: str | None, default: str) -> str:

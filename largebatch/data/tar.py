@@ -20,6 +20,8 @@ from largebatch.errors import DataError
 MAX_MEMBER_BYTES = 64 * 2**20
 # JSON may take thirty times its size in memory (a list of empty lists does).
 MAX_RECORD_BYTES = 16 * 2**20
+# All members of a sample together, headers included.
+MAX_SAMPLE_BYTES = 128 * 2**20
 PACKED = "jsonl.zst"
 
 # The key, and the extension: what follows the first dot of the last part, as webdataset has it.

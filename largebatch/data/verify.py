@@ -1,5 +1,6 @@
 """Checks shards against their index."""
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -58,17 +59,22 @@ def _verify_shard(
     if not problems and (fault := _fault_of_segments(actual, shard)):
         problems.append(f"{path}: {fault}")
     # Records are read by what is there, so that their faults show even where the index is wrong.
-    faults: dict[str, list[str]] = {}
+    first: dict[str, str] = {}
+    counts: Counter[str] = Counter()
     for segment in actual.segments:
-        records = read_segment(str(path), segment, fields=fields, source="")
+        try:
+            records = read_segment(str(path), segment, fields=fields, source="")
+        except DataError as error:
+            return [*problems, str(error)]
         for number in range(len(records)):
             try:
                 records.record(number)
             except DataError as error:
-                faults.setdefault(error.kind, []).append(str(error))
-    for messages in faults.values():
-        others = f" (and {len(messages) - 1:,} more records)" if len(messages) > 1 else ""
-        problems.append(messages[0] + others)
+                first.setdefault(error.kind, str(error))
+                counts[error.kind] += 1
+    for kind, message in first.items():
+        others = f" (and {counts[kind] - 1:,} more records)" if counts[kind] > 1 else ""
+        problems.append(message + others)
     return problems
 
 

@@ -1,0 +1,115 @@
+"""What `largebatch data show` and `data stats` share: the data of a run that may not have begun."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from largebatch.batch import Hole
+from largebatch.config import TrainConfig
+from largebatch.data.holes import read_holes
+from largebatch.data.schedule import Schedule
+from largebatch.data.source import Source
+from largebatch.data.text import TextSettings
+from largebatch.errors import UserError
+from largebatch.model.pretrained import load_tokenizer, read_settings
+from largebatch.train.build import build_schedule, build_sources, text_phases
+from largebatch.train.resume import check_same_run
+
+DECIDES_BATCHES = ("seed", "global_batch", "data", "text", "backbone")
+"""The parts of a config that decide what is in a batch, and as which tokens."""
+
+
+class RunData(NamedTuple):
+    """Sources, schedule and tokenizer of a run."""
+
+    sources: list[Source]
+    """Where records come from, also those that are not there."""
+    schedule: Schedule
+    """Which record is in which batch."""
+    known_holes: list[Hole]
+    """What the run has noted as unusable so far."""
+    text: TextSettings
+    """Prompts and lengths."""
+    tokenizer: Any | None
+    """Of the backbone; None if there is none yet."""
+    num_steps: int
+    """Steps that the run can take."""
+    notes: list[str]
+    """What a person should know about how far this is the run's data."""
+
+
+def open_run_data(config: TrainConfig) -> RunData:
+    """Find the data of a run, and its tokenizer if there is one at hand.
+
+    Raises:
+        UserError: The sources have no index, or hold too little.
+    """
+    # Shards that are not there are part of what is to be told: no reason to stop.
+    sources = build_sources(replace(config, data=replace(config.data, on_fault="skip")))
+    schedule = build_schedule(config, sources)
+    folder = Path(config.output_dir)
+    notes = _compare_with_run(config, folder)
+    num_steps = config.max_steps
+    if schedule.num_steps is not None and schedule.num_steps < num_steps:
+        num_steps = schedule.num_steps
+        notes.append(
+            f"the sources give {num_steps:,} batches within data.sources.*.epochs, fewer than "
+            f"max_steps={config.max_steps}: `largebatch train` will refuse this config"
+        )
+    text, tokenizer = _find_text(config, folder / "backbone", notes)
+    holes = read_holes(folder / "holes")
+    return RunData(sources, schedule, holes, text, tokenizer, num_steps, notes)
+
+
+def text_at(step: int, config: TrainConfig, text: TextSettings) -> TextSettings:
+    """Return prompts and lengths of a step, from 0."""
+    phases = text_phases(text, config.data.curriculum)
+    return next(phase.text for phase in reversed(phases) if phase.from_step <= step)
+
+
+def _compare_with_run(config: TrainConfig, folder: Path) -> list[str]:
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return []
+    saved, now = yaml.safe_load(file.read_text(encoding="utf-8")), asdict(config)
+    try:
+        check_same_run(
+            {name: saved.get(name) for name in DECIDES_BATCHES},
+            {name: now[name] for name in DECIDES_BATCHES},
+            folder=str(folder),
+        )
+    except UserError as error:
+        return [f"these are not the batches of the run in output_dir: {error}"]
+    return []
+
+
+def _find_text(
+    config: TrainConfig, folder: Path, notes: list[str]
+) -> tuple[TextSettings, Any | None]:
+    """Return prompts, lengths and tokenizer: of the run folder, else of the checkpoint."""
+    backbone, tokenizer, settings = config.backbone, None, {}
+    name = str(folder) if (folder / "tokenizer_config.json").is_file() else None
+    try:
+        if name or backbone.path:
+            settings = read_settings(name or str(backbone.path))
+        if name := name or backbone.tokenizer or backbone.path:
+            tokenizer = load_tokenizer(name)
+        else:
+            notes.append(
+                "no tokens are counted, since the tokenizer is made when the run begins; start it, "
+                "or name one with backbone.tokenizer"
+            )
+    except UserError as error:
+        notes.append(f"no tokens are counted: {error}")
+    prompts = {
+        side: settings.get(side, "") if (given := getattr(config.text, side)) is None else given
+        for side in ("query_prompt", "document_prompt")
+    }
+    text = TextSettings(
+        **prompts,
+        query_max_tokens=config.text.query_max_tokens,
+        document_max_tokens=config.text.document_max_tokens,
+    )
+    return text, tokenizer
