@@ -1,0 +1,20 @@
+"""The reader and its loader processes hold no more after many epochs than after a few.
+
+`python benchmarks/data_memory.py` measures 50 epochs, in each way that batches are made.
+"""
+
+from pathlib import Path
+
+import pytest
+from flat_memory import growth, measure_in_new_process, write_sources
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_memory_stays_flat_over_epochs(tmp_path: Path, mixed: bool) -> None:
+    samples = measure_in_new_process(write_sources(tmp_path), epochs=8, workers=2, mixed=mixed)
+    assert sorted(samples) == ["loader 0", "loader 1", "reader"]
+    for process, held in samples.items():
+        assert len(held) == 8
+        assert growth(held) < 0.02, (process, held)
