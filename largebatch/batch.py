@@ -74,7 +74,7 @@ class RankBatch(NamedTuple):
     """Whether the batch is matched both ways, the same on all ranks; None: as the loss says."""
     num_holes: int = 0
     """Rows of this rank's part that are missing, since their records can't be used."""
-    new_holes: list[Hole] = []
+    new_holes: Sequence[Hole] = ()
     """Those of them that no earlier process of the run has noted."""
 
 

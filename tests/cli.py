@@ -154,10 +154,15 @@ def train_line(*options: str | Path, shards: Path | str, ranks: int = 2) -> list
 
 
 def write_shards(
-    folder: Path, *, num_records: int = 96, records_per_shard: int = 32, long_text: int = 0
+    folder: Path,
+    *,
+    num_records: int = 96,
+    records_per_shard: int = 32,
+    long_text: int = 0,
+    layout: str = "packed",
 ) -> Path:
     """Write shards of queries that are part of their documents; the first may be very long."""
-    with ShardWriter(folder, records_per_shard=records_per_shard) as writer:
+    with ShardWriter(folder, records_per_shard=records_per_shard, layout=layout) as writer:
         for number in range(num_records):
             query, document = _pair(number)
             document += "x" * (long_text if number == 0 else 0)

@@ -15,6 +15,8 @@ from largebatch.config.model import (
     TextConfig,
 )
 from largebatch.config.tools import (
+    DataShowConfig,
+    DataStatsConfig,
     DedupConfig,
     EncodeConfig,
     EvaluateConfig,
@@ -43,6 +45,8 @@ __all__ = [
     "CheckpointConfig",
     "CurriculumConfig",
     "DataConfig",
+    "DataShowConfig",
+    "DataStatsConfig",
     "DedupConfig",
     "EncodeConfig",
     "EvalConfig",

@@ -95,7 +95,7 @@ def convert(
                 )
                 ignored_positives += len(positives) - 1
                 kept_source = record.source or default_source
-                extra = _extra(row, names, uses_source=record.source != config.source)
+                extra = extra_fields(row, names, uses_source=record.source != config.source)
                 writer.write(record._replace(source=kept_source), extra)
         dropped = {reason: writer.dropped[reason] for reason in REASONS}
         if not writer.num_records:
@@ -127,7 +127,8 @@ def _reason_to_drop(record: Record, config: ShardConfig, seen: set[bytes]) -> st
     return None
 
 
-def _extra(row: Row, names: FieldNames, *, uses_source: bool) -> dict[str, Any]:
+def extra_fields(row: Row, names: FieldNames, *, uses_source: bool) -> dict[str, Any]:
+    """Return the fields of a row that are no part of the pair, under the names they are kept by."""
     used = {names.query, names.document, names.id, *names.negatives}
     if uses_source:
         used.add("source")

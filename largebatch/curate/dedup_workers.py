@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from largebatch.curate import minhash
 from largebatch.curate.contamination import EvaluationIndex, NearSettings
-from largebatch.curate.convert import _extra
+from largebatch.curate.convert import extra_fields
 from largebatch.curate.minhash import Bands, Hashes
 from largebatch.curate.rows import Row
 from largebatch.curate.textfile import TextFile
@@ -229,9 +229,9 @@ def full_records(task: tuple[Part, list[int]]) -> list[tuple[Record, dict[str, A
     records = _read(part)
     found = []
     for row in rows:
-        fields = Row(f"{part.url}, from byte {part.segment.offset}", records._mapping(row))
+        fields = Row(f"{part.url}, from byte {part.segment.offset}", records.mapping(row))
         names = field_names(fields.fields, fields=_STATE.settings.fields, where=fields.where)
-        found.append((records.record(row), _extra(fields, names, uses_source=True)))
+        found.append((records.record(row), extra_fields(fields, names, uses_source=True)))
     return found
 
 

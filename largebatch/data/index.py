@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from largebatch.data.locations import is_remote, read_bytes
+from largebatch.data.locations import DEFAULT_RETRIES, Retries, is_remote, read_bytes
 from largebatch.errors import UserError
 
 INDEX_NAME = "index.json"
@@ -169,7 +169,7 @@ class ShardIndex(NamedTuple):
         aside.replace(folder / INDEX_NAME)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls, folder: str | Path, *, retries: Retries = DEFAULT_RETRIES) -> Self:
         """Read and check the index.json of a folder, which may be remote.
 
         Raises UserError if there is none, or if it contradicts itself.
@@ -178,7 +178,7 @@ class ShardIndex(NamedTuple):
         if not is_remote(url) and not Path(folder).is_dir():
             raise UserError(f"no shards at {folder}: there is no such folder")
         try:
-            data = read_bytes(url)
+            data = read_bytes(url, retries=retries)
         except FileNotFoundError:
             raise UserError(
                 f"{folder} has no {INDEX_NAME}; for tar shards that others made, write it with "

@@ -1,4 +1,4 @@
-"""The reader: records of a batch's rows, from segments that it keeps while they have more to give."""
+"""The reader: records of a batch's rows, from segments kept while they have more to give."""
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence

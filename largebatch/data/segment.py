@@ -58,9 +58,7 @@ class SegmentRecords(ABC):
         Raises DataError, naming shard, member and byte, if it is no UTF-8 or no JSON, lacks a
         field, has an empty query or document, or a text of more than `max_chars` characters.
         """
-        mapping = self._mapping(number)
-        try:
-            record = make_record(
+        mapping = self.XX = make_record(
                 mapping,
                 fields=self.fields,
                 source=self.source,
@@ -70,6 +68,10 @@ class SegmentRecords(ABC):
         except DataError as error:
             raise DataError(f"{self._where(number)}: {error}", kind=error.kind) from None
         return record
+
+    def mapping(self, number: int) -> dict[str, Any]:
+        """Decode all fields of a record, whatever they hold; raises DataError as `record` does."""
+        return self._mapping(number)
 
     def __iter__(self) -> Iterator[Record]:
         return map(self.record, range(len(self)))

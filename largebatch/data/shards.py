@@ -33,7 +33,7 @@ from largebatch.data.index import (
     cut_segments,
     with_checksums,
 )
-from largebatch.data.locations import is_remote
+from largebatch.data.locations import DEFAULT_RETRIES, Retries, is_remote
 from largebatch.data.packed import PACKED, pack
 from largebatch.data.records import Record
 from largebatch.data.tar import MAX_RECORD_BYTES
@@ -147,7 +147,9 @@ class ShardWriter:
         ShardIndex(tuple(self._shards), dict(sorted(self.dropped.items()))).save(self.folder)
 
 
-def resolve_source(urls: Sequence[str], *, check_present: bool = True) -> list[tuple[str, Shard]]:
+def resolve_source(
+    urls: Sequence[str], *, check_present: bool = True, retries: Retries = DEFAULT_RETRIES
+) -> list[tuple[str, Shard]]:
     """Find the shards of a source, in order: each one's url and its entry in the index.
 
     A url is a folder with an index.json, or names tar files beside one, with braces
@@ -164,7 +166,7 @@ def resolve_source(urls: Sequence[str], *, check_present: bool = True) -> list[t
     for url in urls:
         for folder, file in _locate(url):
             if folder not in indices:
-                indices[folder] = ShardIndex.load(folder)
+                indices[folder] = ShardIndex.load(folder, retries=retries)
             shards = [
                 s for s in indices[folder].shards if file is None or fnmatchcase(s.file, file)
             ]

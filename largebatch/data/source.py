@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from largebatch.data.index import SegmentTable, Shard
-from largebatch.data.locations import Retries
+from largebatch.data.locations import DEFAULT_RETRIES, Retries
 from largebatch.data.segment import SegmentRecords, read_segment
 
 IndexArray = npt.NDArray[np.int64]
@@ -37,7 +37,7 @@ class Source(NamedTuple):
     """Whether its batches are matched both ways; None: as the loss says."""
     max_chars: int | None = None
     """Longest text that is no fault."""
-    retries: Retries = Retries()
+    retries: Retries = DEFAULT_RETRIES
     """How often a remote read is tried."""
 
     @classmethod

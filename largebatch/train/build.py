@@ -36,7 +36,7 @@ def build_sources(config: TrainConfig) -> list[Source]:
     return [
         Source.of_shards(
             name,
-            resolve_source(source.urls, check_present=data.on_fault == "fail"),
+            resolve_source(source.urls, check_present=data.on_fault == "fail", retries=retries),
             source.fields,
             query_prompt=source.query_prompt,
             document_prompt=source.document_prompt,

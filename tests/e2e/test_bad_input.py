@@ -12,6 +12,7 @@ import pytest
 from cli import largebatch, running, train_line, write_retrieval_set, write_shards
 from filelock import FileLock
 
+from largebatch.data.scan import build_index
 from largebatch.data.schedule import Schedule, SourceShape
 from largebatch.data.shards import resolve_source
 from largebatch.data.text import train_tokenizer
@@ -32,7 +33,7 @@ class Bad(NamedTuple):
 
 
 def no_shards(folder: Path) -> Bad:
-    return Bad(("~data.sources.tiny",), ("data.sources", "exactly one", "urls=[shards/]"))
+    return Bad(("~data.sources.tiny",), ("data.sources", "name one", "urls=[shards/]"))
 
 
 def unknown_pooling(folder: Path) -> Bad:
@@ -53,14 +54,27 @@ def empty_shard(folder: Path) -> Bad:
 def missing_field(folder: Path) -> Bad:
     return Bad(
         ("data.sources.tiny.fields.document=body",),
-        ("sample '0000", "fields.document='body'", "is not among its fields", "'query'"),
+        ("member '0000", "fields.document='body'", "is not among its fields", "'query'"),
     )
 
 
 def not_utf8(folder: Path) -> Bad:
+    # As others wrote it, before it was indexed; what changed afterwards is told as a change.
+    shutil.rmtree(folder / "shards")
+    write_shards(folder / "shards", layout="samples")
     shard = folder / "shards" / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes().replace(b"a red cat", b"a \xff\xfed cat"))
+    paths = sorted((folder / "shards").glob("*.tar"))
+    build_index(paths, on_bytes=lambda _: None, on_fault=lambda _: None)
     return Bad((), (str(Path("shards") / shard.name), "member '0000", "is not UTF-8", "at byte"))
+
+
+def changed_since_indexing(folder: Path) -> Bad:
+    shard = folder / "shards" / "shard-000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    return Bad((), (str(Path("shards") / shard.name), "has changed since it was indexed"))
 
 
 def text_of_1_mb(folder: Path) -> Bad:
@@ -120,6 +134,7 @@ BAD = [
     empty_shard,
     missing_field,
     not_utf8,
+    changed_since_indexing,
     text_of_1_mb,
     missing_model,
     pickle_only,

@@ -10,6 +10,9 @@ from flat_memory import growth, measure_in_new_process, write_sources
 
 pytestmark = pytest.mark.slow
 
+MOST_GROWTH = 0.01
+"""Half of what is allowed for 50 epochs: keeping what was read adds more than 2% in these few."""
+
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_memory_stays_flat_over_epochs(tmp_path: Path, mixed: bool) -> None:
@@ -17,4 +20,4 @@ def test_memory_stays_flat_over_epochs(tmp_path: Path, mixed: bool) -> None:
     assert sorted(samples) == ["loader 0", "loader 1", "reader"]
     for process, held in samples.items():
         assert len(held) == 8
-        assert growth(held) < 0.02, (process, held)
+        assert growth(held) < MOST_GROWTH, (process, held)

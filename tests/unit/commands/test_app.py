@@ -129,7 +129,7 @@ def test_debug_is_an_option_and_a_group(trained):
         (["train", "_target_=os.system"], "_target_ is refused"),
         (["train", "backbone.config._target_=os.system"], "_target_ is refused"),
         (["train", "backbone.config.x={y: [{_target_: os.system}]}"], "_target_ is refused"),
-        (["train"], "data.sources has 0 sources"),
+        (["train"], "data.sources is empty"),
         (["train", "--multirum"], "--multirum is not a flag; did you mean --multirun?"),
         (["train", "--resolve"], "add --cfg job"),
         (["train", "-cd", "nowhere"], "--config-dir nowhere is not a folder"),
@@ -322,7 +322,7 @@ def test_the_program_is_quick_to_help_and_to_refuse():
     )
     done = run_program("-c", code, "--help")
     assert done.returncode == 0, done.stderr
-    assert "export    Write a checkpoint" in done.stdout
+    assert "export      Write a checkpoint" in done.stdout
     code = code.replace("'hydra', ", "")
     done = run_program("-c", code, "train", "optim.lrr=1")
     assert done.returncode == 1

@@ -145,7 +145,7 @@ def test_records_keep_their_source_and_further_fields(planted, tmp_path):
     assert {record.source for record in records_in(tmp_path / "out/second")} == {"own"}
     ((url, shard), *_) = resolve_source([str(tmp_path / "out/second")])
     segment = read_segment(url, shard.segments[0], fields={}, source="")
-    fields = segment._mapping(0)
+    fields = segment.mapping(0)
     assert (fields["note"], fields["id_2"]) == ("kept", 7)
 
 
