@@ -2,7 +2,7 @@
 
     python benchmarks/schedule.py
 
-Prints a markdown table. It writes index files of that size to a temporary folder (60 MB), with no
+Prints a markdown table; in parentheses is the processor's time, where others share the machine. It writes index files of that size to a temporary folder, with no
 shards beside them: the schedule looks at nothing else. Each column is a process of its own, and so
 is the one that measures what Python and numpy have allocated, for that slows it down.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 
 from largebatch.data.index import SegmentTable, Shard, ShardIndex
@@ -46,10 +47,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_indexes(folder, options.shards)
+        index_bytes = sum(file.stat().st_size for file in folder.rglob("*.json"))
         columns = {}
         for title, mixed in (("one_source", False), ("mixed", True)):
             columns[title] = in_new_process(measure, folder, options.global_batch, mixed)
             columns[title] |= in_new_process(measure_allocated, folder, options.global_batch, mixed)
+    print(f"{index_bytes / MIB:,.0f} MiB of index.json.\n")
     print(f"| {' | '.join(['what', *columns])} |\n|{'---|' * (1 + len(columns))}")
     for row in columns["mixed"]:
         print(f"| {' | '.join([row, *(column[row] for column in columns.values())])} |")
@@ -112,43 +115,58 @@ def build(sources: list[Source], global_batch: int, mixed: bool) -> Schedule:
     )
 
 
+def clock() -> npt.NDArray[np.float64]:
+    """Return the time, and the processor's time that this process has had, in seconds."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def in_s(duration: npt.NDArray[np.float64]) -> str:
+    """Write a duration in seconds."""
+    return f"{duration[0]:.2f} ({duration[1]:.2f})"
+
+
+def in_ms(duration: npt.NDArray[np.float64]) -> str:
+    """Write a duration in milliseconds."""
+    return f"{1000 * duration[0]:.1f} ({1000 * duration[1]:.1f})"
+
+
 def measure(folder: Path, global_batch: int, mixed: bool) -> dict[str, str]:
     """Return times, and the memory that the process has grown by."""
     process = psutil.Process()
     before = process.memory_info().rss
-    begin = time.perf_counter()
+    begin = clock()
     sources = load_sources(folder)
-    loaded = time.perf_counter()
+    loaded = clock()
     schedule = build(sources, global_batch, mixed)
-    built = time.perf_counter()
+    built = clock()
     rows = range(global_batch)
     schedule.rows(0, rows)
-    first_batch = time.perf_counter()
+    first_batch = clock()
     table = {
         "records": f"{schedule.num_records:,}",
         "shards": f"{sum(len(source.shards) for source in sources):,}",
         "segments": f"{sum(len(source.segments) for source in sources):,}",
-        "load all index.json, s": f"{loaded - begin:.2f}",
-        "build the schedule, s": f"{built - loaded:.3f}",
-        "first batch of step 0, s": f"{first_batch - built:.3f}",
+        "load all index.json, s": in_s(loaded - begin),
+        "build the schedule, s": in_s(built - loaded),
+        "first batch of step 0, s": in_s(first_batch - built),
     }
     fresh = build(sources, global_batch, mixed)
-    sought = time.perf_counter()
+    sought = clock()
     fresh.rows(STEPS[-1], rows)
-    seek_s = time.perf_counter() - sought
+    seek = clock() - sought
     table |= {
-        f"first batch of step {STEPS[-1]:,}, s": f"{seek_s:.3f}",
-        f"from nothing to step {STEPS[-1]:,}, s": f"{built - begin + seek_s:.2f}",
+        f"first batch of step {STEPS[-1]:,}, s": in_s(seek),
+        f"from nothing to step {STEPS[-1]:,}, s": in_s(built - begin + seek),
     }
     for name, part in (("", rows), (f", 1 of {READERS} readers", part_of_rank(len(rows), 5, 64))):
         for step in STEPS:
             fresh = build(sources, global_batch, mixed)
             fresh.rows(step, part)
-            begin = time.perf_counter()
+            begin = clock()
             for later in range(step + 1, step + 1 + TIMED_STEPS):
                 fresh.rows(later, part)
-            per_step_s = (time.perf_counter() - begin) / TIMED_STEPS
-            table[f"a step from {step:,} on{name}, ms"] = f"{1000 * per_step_s:.1f}"
+            per_step = (clock() - begin) / TIMED_STEPS
+            table[f"a step from {step:,} on{name}, ms"] = in_ms(per_step)
     table["process grew by, MiB"] = f"{(process.memory_info().rss - before) / MIB:,.0f}"
     return table
 

@@ -58,7 +58,9 @@ class SegmentRecords(ABC):
         Raises DataError, naming shard, member and byte, if it is no UTF-8 or no JSON, lacks a
         field, has an empty query or document, or a text of more than `max_chars` characters.
         """
-        mapping = self.XX = make_record(
+        mapping = self._mapping(number)
+        try:
+            record = make_record(
                 mapping,
                 fields=self.fields,
                 source=self.source,
