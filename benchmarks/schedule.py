@@ -2,9 +2,10 @@
 
     python benchmarks/schedule.py
 
-Prints a markdown table; in parentheses is the processor's time, where others share the machine. It writes index files of that size to a temporary folder, with no
-shards beside them: the schedule looks at nothing else. Each column is a process of its own, and so
-is the one that measures what Python and numpy have allocated, for that slows it down.
+Prints a markdown table; in parentheses is the processor's time, for a machine that others use too.
+It writes index files of that size to a temporary folder, with no shards beside them: the schedule
+looks at nothing else. Each column is measured in a process of its own, and in another one what
+Python and numpy have allocated, for that slows it down.
 """
 
 import argparse

@@ -114,6 +114,8 @@ class Mixture:
                 total = math.fsum(active)
                 if total == 0:
                     self.num_units = unit
+                    if not self.phases:  # an empty one, so that there is always one to look at
+                        self.phases.append(Phase(0, tuple(active), tuple(given.tolist())))
                     return
                 shares = tuple(weight / total for weight in active)
                 self.phases.append(Phase(unit, shares, tuple(given.tolist())))
