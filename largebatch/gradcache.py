@@ -11,12 +11,12 @@ The chain rule makes this equal to one backward pass over the whole global batch
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from largebatch.batch import Texts
+from largebatch.batch import Chunk, Texts
 from largebatch.data.chunks import pad_chunks, plan_chunks
 from largebatch.errors import UserError
 from largebatch.losses.infonce import ContrastiveLoss
@@ -24,8 +24,9 @@ from largebatch.model.encoder import Encoder
 from largebatch.objective import ContrastiveObjective
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import one_reduction
+from largebatch.parallel.strategy import Strategy
 
-GradientPass = Callable[[], AbstractContextManager[None]]
+GradientPass = Callable[[], AbstractContextManager[Any]]
 """Makes the context of a step's backward passes; leaving it averages the gradients over ranks."""
 
 
@@ -56,7 +57,8 @@ class GradCache:
             spent on. The result doesn't depend on it, but for rounding.
         keep: "none" embeds each chunk a second time for the backward pass, in the memory of one
             chunk. "all" keeps every chunk's graph: a quarter less work, the memory of a full batch.
-        gradient_pass: Context for the backward passes. Default: one all-reduce of all gradients.
+        strategy: How the model is spread over ranks. None: every rank holds all of it, and one
+            all-reduce averages the gradients.
 
     Under torchrun each rank passes its own part of the global batch; parts may differ in size and
     may be empty on some ranks. All ranks must call it.
@@ -69,6 +71,7 @@ class GradCache:
         *,
         tokens_per_chunk: int = 16384,
         keep: str = "none",
+        strategy: Strategy | None = None,
         gradient_pass: GradientPass | None = None,
     ) -> None:
         if tokens_per_chunk < 1:
@@ -81,8 +84,13 @@ class GradCache:
         self.keep = keep
         collectives = Collectives()
         self.objective = ContrastiveObjective(loss, collectives)
-        self.gradient_pass = gradient_pass or (
-            lambda: one_reduction([*encoder.parameters(), *loss.parameters()], collectives)
+        self.collectives = collectives
+        self.forward: Callable[[Chunk], Tensor] = getattr(strategy, "encoder", encoder)
+        self.equal_chunks: bool = getattr(strategy, "equal_chunks", False)
+        self.gradient_pass: GradientPass = gradient_pass or (
+            strategy.gradient_pass
+            if strategy is not None
+            else lambda: one_reduction([*encoder.parameters(), *loss.parameters()], collectives)
         )
 
     def __call__(
@@ -125,8 +133,10 @@ class GradCache:
             raise UserError(f"{sizes[0]} queries need as many documents, got {sizes[1]}")
         texts = Texts.concatenate(sides)
         plan = plan_chunks(texts.lengths, self.tokens_per_chunk)
+        num_chunks = len(plan)
         chunks = pad_chunks(texts, plan, pad_id=self.encoder.pad_id, device=self.encoder.device)
         rows = [torch.from_numpy(r).to(self.encoder.device) for r in plan]
+        fillers = self._fillers(num_chunks)
 
         # 1. Embed.
         embeddings_nd = torch.empty(
@@ -140,26 +150,41 @@ class GradCache:
         for chunk, rows_n in zip(chunks, rows, strict=True):
             states.append(RandomState.of(self.encoder.device))
             with torch.set_grad_enabled(self.keep == "all"):
-                chunk_embeddings_nd = self.encoder(chunk)
+                chunk_embeddings_nd = self.forward(chunk)
             embeddings_nd[rows_n] = chunk_embeddings_nd.detach()
             if self.keep == "all":
                 kept.append(chunk_embeddings_nd)
+        for filler in fillers:
+            with torch.set_grad_enabled(self.keep == "all"):
+                filler_embeddings_nd = self.forward(filler)
+            if self.keep == "all":
+                kept.append(filler_embeddings_nd)
 
         # 2. Loss, and its gradient with respect to the embeddings.
         leaf_nd = embeddings_nd.requires_grad_()
         value = self.objective(*leaf_nd.split(sizes), symmetric=symmetric)
-        with self.gradient_pass():
+        with self.gradient_pass() as backward:
+            backward = backward or _backward
             value.rank_loss.backward()
             assert leaf_nd.grad is not None
             gradients = [leaf_nd.grad[rows_n] for rows_n in rows]
 
             # 3. Push it into the weights.
+            nothing = leaf_nd.new_zeros(1, leaf_nd.shape[1])
             if self.keep == "all":
-                _backward(kept, gradients)
+                backward(kept, [*gradients, *[nothing] * len(fillers)], last=True)
             else:
-                for chunk, state, gradient in zip(chunks, states, gradients, strict=True):
+                passes = len(chunks) + len(fillers)
+                for number, (chunk, state, gradient) in enumerate(
+                    zip(chunks, states, gradients, strict=True), start=1
+                ):
                     with state.replayed():
-                        _backward([self.encoder(chunk)], [gradient])
+                        embeddings = self.forward(chunk)
+                    backward([embeddings], [gradient], last=number == passes)
+                for number, filler in enumerate(fillers, start=len(chunks) + 1):
+                    backward([self.forward(filler)], [nothing], last=number == passes)
+                if passes == 0:
+                    backward([], [], last=True)
             # 4. Leaving the context averages the gradients over ranks.
 
         return StepReport(
@@ -170,6 +195,15 @@ class GradCache:
             num_padded_tokens=sum(chunk.input_ids.numel() for chunk in chunks),
             num_chunks=len(chunks),
         )
+
+    def _fillers(self, num_chunks: int) -> list[Chunk]:
+        """Return one-token chunks for what this rank lacks to as many as the others have."""
+        if not self.equal_chunks:
+            return []
+        count = torch.tensor([num_chunks], device=self.encoder.device)
+        missing = int(self.collectives.max(count)) - num_chunks
+        ids = torch.full((1, 1), self.encoder.pad_id, device=self.encoder.device)
+        return [Chunk(ids, torch.ones_like(ids))] * missing
 
     def _tokens(self, texts: Sequence[str] | Sequence[Sequence[int]] | Texts, side: str) -> Texts:
         if isinstance(texts, Texts):
@@ -204,6 +238,6 @@ class RandomState(NamedTuple):
             yield
 
 
-def _backward(embeddings: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+def _backward(embeddings: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:  # noqa: ARG001
     if embeddings:
         torch.autograd.backward(list(embeddings), list(gradients))

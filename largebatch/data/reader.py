@@ -76,7 +76,7 @@ class Reader:
             return segment.record(offset)
         except DataError as error:
             if not self.skip_faults:
-                raise
+                raise _with_cure(error) from None
             return Hole(step, row, self.sources[source].name, error.kind, str(error))
 
     def _load(
@@ -101,7 +101,7 @@ class Reader:
             return self.sources[source].read(number)
         except DataError as error:
             if not self.skip_faults:
-                raise
+                raise _with_cure(error) from None
             # Kept like a segment: each of its rows would wait for all the retries again.
             return error
 
@@ -124,6 +124,11 @@ class _Buffer:
         self._num_bytes += _size(segment)
         while self._num_bytes > self._most_bytes and len(self._kept) > 1:
             self._num_bytes -= _size(self._kept.popitem(last=False)[1])
+
+
+def _with_cure(error: DataError) -> DataError:
+    # A run that was stopped by it may go on with this option changed.
+    return DataError(f"{error} (data.on_fault=skip would go on without it)", kind=error.kind)
 
 
 def _size(segment: SegmentRecords | DataError) -> int:

@@ -187,6 +187,8 @@ def _raise_for_status(url: str, response: urllib3.BaseHTTPResponse) -> None:
     if region and url.startswith("s3://") and learn_region(url, region):
         raise _PassingError(f"{message}, for the bucket lies in {region}")
     hint = _HINTS.get(url.partition(":")[0])
+    if status in (401, 403):
+        hint = hint or "check that the file can be read without a login"
     raise _LastingError(f"{message}; {hint}" if hint else message)
 
 
@@ -207,7 +209,9 @@ def _explain(error: Exception, timeout_s: float) -> _PassingError | _LastingErro
             return _PassingError("the server's name is unknown")
         case ConnectTimeoutError() | NewConnectionError():
             return _PassingError("the server takes no connection")
-    return _PassingError(f"the connection broke off ({type(error).__name__})")
+        case ProtocolError():
+            return _PassingError("the connection broke off before an answer came")
+    return _PassingError(f"the request failed ({type(error).__name__})")
 
 
 def _retry_after_s(response: urllib3.BaseHTTPResponse) -> float:

@@ -245,12 +245,13 @@ def read_segment(
         data = read_bytes(url, segment.offset, end, retries=retries)
     except FileNotFoundError:
         raise DataError(
-            f"shard {url} is missing, though the index lists it", kind="missing"
+            f"shard {url} is missing, though the index lists it; bring it back, or {_REINDEX}",
+            kind="missing",
         ) from None
     if len(data) != segment.num_bytes:
         raise DataError(
             f"shard {url} gave {len(data):,} bytes for the {segment.num_bytes:,} from byte "
-            f"{segment.offset:,} on; it is cut off, or its server does not serve byte ranges",
+            f"{segment.offset:,} on; it is cut off: put a whole copy in its place, or {_REINDEX}",
             kind="truncated",
         )
     options = {"fields": fields, "source": source, "max_chars": max_chars}

@@ -328,10 +328,15 @@ def _locate(url: str) -> list[tuple[str, str | None]]:
 
 def _check_present(path: str, shard: Shard) -> None:
     if not Path(path).is_file():
-        raise DataError(f"shard {path} is missing, though the index lists it", kind="missing")
+        raise DataError(
+            f"shard {path} is missing, though the index lists it; bring it back, or run "
+            "`largebatch index ... overwrite=true`",
+            kind="missing",
+        )
     if (size := Path(path).stat().st_size) != shard.num_bytes:
         raise DataError(
             f"shard {path} has {size:,} bytes, and its index says {shard.num_bytes:,}; it has "
-            "changed since it was indexed: run `largebatch index ... overwrite=true`",
+            "changed since it was indexed: put the file back, or run `largebatch index ... "
+            "overwrite=true`",
             kind="changed",
         )

@@ -195,12 +195,13 @@ def _next_header(
         return None
     except (tarfile.TarError, ValueError, RecursionError) as error:
         at = base + position
-        hint = (
-            ""
-            if position
-            else "; shards must be tar files, not compressed, as they were when they were indexed"
-        )
         is_short = isinstance(error, tarfile.EmptyHeaderError | tarfile.TruncatedHeaderError)  # type: ignore[attr-defined]
+        if position == 0:
+            hint = "; shards must be tar files, not compressed, as they were when they were indexed"
+        elif is_short:
+            hint = "; the file is cut off: put a whole copy in its place"
+        else:
+            hint = "; the file is damaged: put a good copy in its place"
         raise DataError(
             f"{url}: no tar header at byte {at} ({error}){hint}",
             kind="truncated" if is_short else "undecodable",

@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     path
-    for pattern in ("*.md", "launch/*.md")
+    for pattern in ("*.md", "docs/*.md", "launch/*.md")
     for path in sorted(ROOT.glob(pattern))
     if path.name != "CHANGELOG.md"
 ]
