@@ -108,7 +108,7 @@ class DataConfig:
     it, segments are read again."""
     read_attempts: int = 5
     """How often a remote read is tried, with growing pauses, before it counts as a fault."""
-    read_timeout_s: float = 60.0
+    read_timeout_s: float = 20.0
     """Seconds after which a remote read is given up and tried again."""
     max_chars: int = 200_000
     """Longest text in characters; a longer one is a fault, for it would stall the tokenizer."""

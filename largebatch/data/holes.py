@@ -7,12 +7,12 @@ answer then does now.
 """
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 from largebatch.batch import Hole
+from largebatch.data.linelog import LineLog
 from largebatch.errors import UserError
 
 
@@ -20,23 +20,11 @@ class HoleLog:
     """The holes of one rank, in `holes/rank-00000.jsonl`; what is there is kept."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._file = folder / f"rank-{rank:05d}.jsonl"
-        if self._file.exists():
-            # A kill may have cut the last line off; its step was not trained then.
-            content = self._file.read_bytes()
-            with self._file.open("r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
+        self._log = LineLog(folder / f"rank-{rank:05d}.jsonl", durable=True)
 
     def add(self, holes: Iterable[Hole]) -> None:
         """Note holes; they are on the disk when this returns."""
-        lines = "".join(json.dumps(hole._asdict(), ensure_ascii=False) + "\n" for hole in holes)
-        if not lines:
-            return
-        self._file.parent.mkdir(exist_ok=True)
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        self._log.append(hole._asdict() for hole in holes)
 
 
 def read_holes(folder: Path) -> list[Hole]:

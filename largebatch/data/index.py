@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from largebatch.data.locations import DEFAULT_RETRIES, Retries, is_remote, read_bytes
+from largebatch.data.locations import is_remote, read_bytes
+from largebatch.data.retries import DEFAULT_RETRIES, Retries
 from largebatch.errors import UserError
 
 INDEX_NAME = "index.json"

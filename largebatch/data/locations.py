@@ -2,23 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import NamedTuple
 
-from largebatch.errors import UserError
+from largebatch.data.retries import DEFAULT_RETRIES, Retries
+from largebatch.errors import DataError, UserError
 
 REMOTE = ("http", "https", "s3", "gs", "hf")
-
-
-class Retries(NamedTuple):
-    """How patient a remote read is."""
-
-    attempts: int = 5
-    """How often it is tried, at least once."""
-    timeout_s: float = 60.0
-    """Seconds without an answer, or without all bytes, after which an attempt is given up."""
-
-
-DEFAULT_RETRIES = Retries()
 
 
 def is_remote(url: str) -> bool:
@@ -66,4 +54,4 @@ def read_bytes(
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise UserError(f"{url} cannot be read: {error}") from None
+        raise DataError(f"{url} cannot be read: {error}", kind="unreachable") from None

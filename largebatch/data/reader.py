@@ -42,6 +42,9 @@ class Reader:
         self.skip_faults = skip_faults
         self._known_holes = known_holes or {}
         self._segments = _Buffer(buffer_bytes)
+        # Sources whose store did not answer, for all retries. Their next segments are tried once
+        # only, until one answers: the other ranks wait for this one no longer than their timeout.
+        self._silent: set[int] = set()
 
     def read(self, step: int, rows: range) -> list[Record | Hole | None]:
         """Return the records of some rows of a step; a new hole, or None for a known one.
@@ -90,20 +93,28 @@ class Reader:
             with ThreadPoolExecutor(REMOTE_READS) as pool:
                 found |= zip(remote, pool.map(self._read, remote), strict=True)
         for place in absent:
-            segment = found[place] or self._read(place)
-            found[place] = segment
+            segment = found[place]
+            if segment is None:
+                segment = found[place] = self._read(place)
             self._segments.put(place, segment)
         return {place: segment for place, segment in found.items() if segment is not None}
 
     def _read(self, place: tuple[int, int]) -> SegmentRecords | DataError:
-        source, number = place
+        number, segment = place
+        source = self.sources[number]
+        if number in self._silent:
+            source = source._replace(retries=source.retries._replace(attempts=1))
         try:
-            return self.sources[source].read(number)
+            found = source.read(segment)
         except DataError as error:
+            if error.kind == "unreachable":
+                self._silent.add(number)
             if not self.skip_faults:
                 raise _with_cure(error) from None
             # Kept like a segment: each of its rows would wait for all the retries again.
             return error
+        self._silent.discard(number)
+        return found
 
 
 class _Buffer:

@@ -28,7 +28,7 @@ from urllib3.exceptions import (
     SSLError,
 )
 
-from largebatch.data.locations import Retries
+from largebatch.data.retries import Retries
 from largebatch.data.stores import address, learn_region
 from largebatch.errors import DataError
 

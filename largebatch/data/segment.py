@@ -16,9 +16,10 @@ from typing import Any
 import orjson
 
 from largebatch.data.index import Segment
-from largebatch.data.locations import Retries, read_bytes
+from largebatch.data.locations import read_bytes
 from largebatch.data.packed import unpack
 from largebatch.data.records import Record, make_record
+from largebatch.data.retries import Retries
 from largebatch.data.tar import (
     MAX_RECORD_BYTES,
     MAX_SAMPLE_BYTES,

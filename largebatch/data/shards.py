@@ -33,9 +33,10 @@ from largebatch.data.index import (
     cut_segments,
     with_checksums,
 )
-from largebatch.data.locations import DEFAULT_RETRIES, Retries, is_remote
+from largebatch.data.locations import is_remote
 from largebatch.data.packed import PACKED, pack
 from largebatch.data.records import Record
+from largebatch.data.retries import DEFAULT_RETRIES, Retries
 from largebatch.data.tar import MAX_RECORD_BYTES
 from largebatch.errors import DataError, UserError
 

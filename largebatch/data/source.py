@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from largebatch.data.index import SegmentTable, Shard
-from largebatch.data.locations import DEFAULT_RETRIES, Retries
+from largebatch.data.retries import DEFAULT_RETRIES, Retries
 from largebatch.data.segment import SegmentRecords, read_segment
 
 IndexArray = npt.NDArray[np.int64]

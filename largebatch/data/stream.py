@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import threading
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from largebatch.batch import Hole, RankBatch, Texts
 from largebatch.data.reader import Reader
 from largebatch.data.records import Record
 from largebatch.data.schedule import Schedule
+from largebatch.data.segment import SegmentRecords
 from largebatch.data.source import Source
 from largebatch.data.text import TextSettings, tokenize
 from largebatch.errors import DataError, UserError
@@ -80,18 +82,21 @@ class Stream:
         Raises:
             UserError: A shard or a record can't be used.
         """
-        parts = DataLoader(
-            _Parts(self._make, range(first_step, stop_step)),
-            batch_size=None,
-            num_workers=self.workers,
-            prefetch_factor=self.prefetch if self.workers else None,
-            collate_fn=_unchanged,
-            worker_init_fn=_end_with_rank,
-            # Its own generator: the loader must not draw from the one that dropout draws from.
-            generator=torch.Generator(),
-        )
+        with warnings.catch_warnings():
+            # data.workers is the user's choice; each rank would warn that there are fewer cores.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            parts = DataLoader(
+                _Parts(self._make, range(first_step, stop_step)),
+                batch_size=None,
+                num_workers=self.workers,
+                prefetch_factor=self.prefetch if self.workers else None,
+                collate_fn=_unchanged,
+                worker_init_fn=_end_with_rank,
+                # Its own generator: the loader must not draw from the one that dropout draws from.
+                generator=torch.Generator(),
+            )
+            iterator = iter(parts)
         # Workers are asked in turn, and each gives its rows of every step.
-        iterator = iter(parts)
         for _ in range(first_step, stop_step):
             yield _join([_checked(next(iterator)) for _ in range(max(self.workers, 1))])
 
@@ -116,23 +121,25 @@ def sample_texts(
         sizes = source.segment_sizes
         every = max(1, round(int(sizes.sum()) / (most_records * share)))
         for number in range(0, len(sizes), every):
-            for record in _records(source, number, skip_faults=skip_faults):
+            try:
+                segment = source.read(number)
+            except DataError as error:
+                if not skip_faults:
+                    raise
+                if error.kind == "unreachable":
+                    break  # the store would be waited for at each of its segments
+                continue
+            for record in _usable_records(segment, skip_faults=skip_faults):
                 for text in (record.query, record.document, *record.negatives):
                     # The trainer takes time that is quadratic in a word's length, and words of a
                     # hundred thousand letters occur (encoded data).
                     yield text[:SAMPLED_CHARS]
 
 
-def _records(source: Source, number: int, *, skip_faults: bool) -> Iterator[Record]:
-    try:
-        segment = source.read(number)
-    except DataError:
-        if not skip_faults:
-            raise
-        return
-    for offset in range(len(segment)):
+def _usable_records(segment: SegmentRecords, *, skip_faults: bool) -> Iterator[Record]:
+    for number in range(len(segment)):
         try:
-            yield segment.record(offset)
+            yield segment.record(number)
         except DataError:
             if not skip_faults:
                 raise

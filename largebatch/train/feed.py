@@ -1,6 +1,5 @@
 """The data of a run: its batches, and what is noted of them on the way."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from largebatch.batch import RankBatch
 from largebatch.config import TrainConfig
 from largebatch.data.holes import HoleLog, read_holes, rows_by_step
+from largebatch.data.linelog import LineLog
 from largebatch.data.stream import Stream
 from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
@@ -45,6 +45,11 @@ class Feed:
             )
         self._holes = HoleLog(folder / "holes", world.rank)
         self._known_holes = read_holes(folder / "holes")
+        # The number of ranks is in the name, since a resumed run may have others, whose parts of a
+        # step that is taken again are other ones.
+        self._records = LineLog(
+            folder / "records" / f"rank-{world.rank:05d}-of-{world.size:05d}.jsonl", durable=False
+        )
         self.num_skipped = sum(hole.step < first_step for hole in self._known_holes)
         """Rows of all ranks that were skipped so far."""
 
@@ -91,7 +96,7 @@ class Feed:
         for batch in stream.batches(self.first_step, self.config.max_steps):
             self._holes.add(batch.new_holes)
             if self.config.logger.records:
-                self._note_records(batch)
+                self._records.append([{"step": batch.step, "records": batch.ids}])
             yield batch
 
     def count_skipped(self, step: int, skipped: int) -> None:
@@ -145,13 +150,3 @@ class Feed:
                 + (f", each of which leaves out {left_out:,} records" if left_out else "")
             )
         return lines
-
-    def _note_records(self, batch: RankBatch) -> None:
-        # The number of ranks is in the name, since a resumed run may have others, whose parts of a
-        # step that is taken again are other ones.
-        rank, size = self.world.rank, self.world.size
-        file = self.folder / "records" / f"rank-{rank:05d}-of-{size:05d}.jsonl"
-        file.parent.mkdir(exist_ok=True)
-        line = json.dumps({"step": batch.step, "records": batch.ids}, ensure_ascii=False)
-        with file.open("a", encoding="utf-8") as out:
-            out.write(line + "\n")

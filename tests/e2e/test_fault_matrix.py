@@ -9,11 +9,12 @@ import io
 import json
 import re
 import tarfile
+import textwrap
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import repeat
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ from numerics.reference import tiny_encoder
 from numerics.tiny_run import same, tensors, tiny_config, train_on_ranks
 
 from largebatch.batch import Hole
-from largebatch.config import BackboneConfig, DataConfig, EvalConfig, LoggerConfig, SourceConfig
+from largebatch.config import DataConfig, EvalConfig, LoggerConfig, SourceConfig
 from largebatch.data import index as index_module
 from largebatch.data import remote
 from largebatch.data.holes import read_holes
@@ -56,7 +57,7 @@ NUM_SHARDS, SHARD_RECORDS, SEGMENT_RECORDS = 3, 40, 10
 FAULTY = "shard-000001.tar"
 WHOLE_SHARD = range(40, 80)
 GLOBAL_BATCH, STEPS = 15, 10  # the eighth step ends an epoch
-ATTEMPTS, TIMEOUT_S = 3, 0.3
+ATTEMPTS = 3
 MAX_CHARS = 300
 MEMBER_BYTES = 1024  # of a record in a member of its own: header and one block
 
@@ -190,6 +191,7 @@ class Case(NamedTuple):
     fails_at_start: bool = False
     """Whether it is found before the first batch, with data.on_fault=fail."""
     layout: str = "samples"
+    timeout_s: float = 20.0
 
 
 def always(fault: Fault) -> Callable[[], Iterator[Fault | None]]:
@@ -200,12 +202,16 @@ def once(fault: Fault) -> Callable[[], Iterator[Fault | None]]:
     return lambda: iter([fault])
 
 
-usual = once(Status(503))
+usual = partial(iter, ())
 SEGMENT = "the rows of its segment (up to 1,000 records)"
 SHARD_ROWS = "the rows of the shard"
 ROW = "its row"
 NOTHING = "nothing; it is read again"
 GO_ON = "data.on_fault=skip would go on without it"
+BEYOND = (
+    "step …: … of … pairs were skipped, more than data.max_skipped_share=… allows (…); see "
+    "…/holes, mend the shards, or raise the option"
+)
 REINDEX = "run `largebatch index ... overwrite=true`"
 MEMBER_45 = "SHARD: member '000000045.json' at byte 5120"
 LINE_45 = "SHARD: member '000000040.jsonl.zst' at byte 0 (line 6)"
@@ -224,9 +230,9 @@ CONTENTS = {
         "is not UTF-8: invalid start byte at byte …",
     ),
     "missing field": (
-        b'{"query": "a", "documnet": "b"}',
+        b'{"query": "a", "text_of_it": "b"}',
         "field",
-        "no document is recognized among its fields, 'query', 'documnet'; say which is what, for "
+        "no document is recognized among its fields, 'query', 'text_of_it'; say which is what, for "
         "example 'fields={query: title, document: body}'",
     ),
     "empty text": (
@@ -328,8 +334,8 @@ CHANGED_SHARDS = [
 IN_A_STORE = [
     Case(
         "truncated tar in a store",
-        "shard SHARD gave … bytes for the 10,240 from byte … on; it is cut off: put a whole copy in "
-        f"its place, or {REINDEX}",
+        "shard SHARD gave … bytes for the 10,240 from byte … on; it is cut off: put a whole copy "
+        f"in its place, or {REINDEX}",
         "the rows of the segments that end after the cut",
         "truncated",
         range(60, 80),
@@ -366,8 +372,8 @@ IN_A_STORE = [
     ),
     Case(
         "HTTP 403",
-        "SHARD, bytes … to …, cannot be read: 403 Forbidden; check that the file can be read without a "
-        "login",
+        "SHARD, bytes … to …, cannot be read: 403 Forbidden; check that the file can be read "
+        "without a login",
         SHARD_ROWS,
         "unreachable",
         WHOLE_SHARD,
@@ -375,12 +381,13 @@ IN_A_STORE = [
     ),
     Case(
         "timeout, always",
-        f"{UNREADABLE}no answer within {TIMEOUT_S} s{RAISE}",
+        f"{UNREADABLE}no answer within … s{RAISE}",
         SHARD_ROWS,
         "unreachable",
         WHOLE_SHARD,
         answers=always(Silence()),
         tries=ATTEMPTS,
+        timeout_s=0.2,
     ),
     Case(
         "server slower than `data.read_timeout_s`",
@@ -390,6 +397,7 @@ IN_A_STORE = [
         WHOLE_SHARD,
         answers=always(Slow(10_000)),
         tries=ATTEMPTS,
+        timeout_s=0.2,
     ),
     Case(
         "answer that breaks off, always",
@@ -422,20 +430,20 @@ IN_A_STORE = [
         "server without byte ranges",
         "SHARD, bytes … to …, cannot be read: its server ignores byte ranges and sends the whole "
         "file; use a server that supports `Range`, or copy the shards to this machine",
-        "the rows of the shard",
+        SHARD_ROWS,
         "unreachable",
         WHOLE_SHARD,
         answers=always(IgnoreRange()),
     ),
 ]
 PASSING = [
-    Case(name, "", NOTHING, answers=answers)
-    for name, answers in (
-        ("HTTP 500, once", once(Status(500))),
-        ("timeout, once", once(Silence())),
-        ("answer that breaks off, once", once(CutOff(100))),
-        ("shorter range than asked for, once", once(Short(100))),
-        ("connection reset, once", once(Reset())),
+    Case(name, "", NOTHING, answers=answers, timeout_s=timeout_s)
+    for name, answers, timeout_s in (
+        ("HTTP 500, once", once(Status(500)), 20.0),
+        ("timeout, once", once(Silence()), 0.5),
+        ("answer that breaks off, once", once(CutOff(100)), 20.0),
+        ("shorter range than asked for, once", once(Short(100)), 20.0),
+        ("connection reset, once", once(Reset()), 20.0),
     )
 ] + [
     Case(
@@ -450,13 +458,13 @@ LASTING = [*BAD_RECORDS, *CHANGED_SHARDS, *IN_A_STORE]
 REFUSED = {
     "truncated tar": (
         lambda data: data[: 25 * MEMBER_BYTES + 700],
-        "SHARD: no tar header at byte 26624 (empty header); the file is cut off: put a whole copy in its "
-        "place",
+        "SHARD: no tar header at byte 26624 (empty header); the file is cut off: put a whole "
+        "copy in its place",
     ),
     "corrupt header": (
         lambda data: data[: 13 * MEMBER_BYTES] + b"\xff" + data[13 * MEMBER_BYTES + 1 :],
-        "SHARD: no tar header at byte 13312 (bad checksum); the file is damaged: put a good copy in its "
-        "place",
+        "SHARD: no tar header at byte 13312 (bad checksum); the file is damaged: put a good "
+        "copy in its place",
     ),
 }
 
@@ -465,21 +473,37 @@ REFUSED = {
 
 
 def table() -> str:
-    """Return the rows that docs/data.md must have."""
+    """Return what docs/data.md must hold."""
     lines = ["| Fault | `fail` prints | `skip` leaves out |", "|---|---|---|"]
-    for case in (*BAD_RECORDS[: len(CONTENTS)], *CHANGED_SHARDS, *IN_A_STORE, *PASSING):
-        place = "shards/" if case.answers is None else "https://host/shards/"
-        line = case.told.replace("SHARD", place + FAULTY)
-        # A backtick inside takes two around.
-        line = f"`` {line} ``" if "`" in line else f"`{line}`"
-        lines.append(f"| {case.name} | {line if case.told else 'nothing'} | {case.skipped} |")
-    return "\n".join(lines)
+    cases = (*BAD_RECORDS[: len(CONTENTS)], *CHANGED_SHARDS, *IN_A_STORE, *PASSING)
+    for (line, skipped), group in groupby(cases, key=lambda case: (in_docs(case), case.skipped)):
+        lines.append(f"| {'; '.join(case.name for case in group)} | {line} | {skipped} |")
+    refused = " or ".join(code(line.replace("SHARD", FAULTY)) for _, line in REFUSED.values())
+    notes = (
+        "`…` stands for what differs. In a packed shard the place of a record is "
+        f"{code(LINE_45.replace('SHARD', f'shards/{FAULTY}'))}. A line that comes while training "
+        f"ends with {code(f'({GO_ON})')}: the run may be resumed with that. Beyond the share, a "
+        f"run ends with {code(BEYOND)}. A shard that is cut off or damaged before it is indexed is "
+        f"refused by `largebatch index`: {refused}."
+    )
+    return "\n".join([*lines, "", *textwrap.wrap(notes, 100, break_long_words=False)])
+
+
+def in_docs(case: Case) -> str:
+    place = "shards/" if case.answers is None else "https://host/shards/"
+    return code(case.told.replace("SHARD", place + FAULTY)) if case.told else "nothing"
+
+
+def code(text: str) -> str:
+    # A backtick inside takes two around.
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def test_the_table_in_the_docs_is_this_one() -> None:
     docs = Path(__file__).parents[2] / "docs" / "data.md"
-    missing = [row for row in table().splitlines() if row not in docs.read_text(encoding="utf-8")]
-    assert missing == []
+    text = docs.read_text(encoding="utf-8")
+    assert [line for line in table().splitlines() if line not in text] == []
+    assert table() in text
 
 
 # All of it, in this process, by what a run reads its data with.
@@ -542,7 +566,6 @@ def options(shards: Path | str, **changes):
             "lanes": 4,
             "max_chars": MAX_CHARS,
             "read_attempts": ATTEMPTS,
-            "read_timeout_s": TIMEOUT_S,
         }
         | changes
     )
@@ -565,7 +588,7 @@ def read(case: Case, shards, server: FaultServer, output: Path, tokenizer, *, si
         server.plan(f"/shards/{FAULTY}", case.answers())
     server.requests.clear()
     output.mkdir()
-    run_config = config(shards, output, **changes)
+    run_config = config(shards, output, read_timeout_s=case.timeout_s, **changes)
     text = TextSettings(query_max_tokens=12, document_max_tokens=16)
     ids: list[list[str]] = []
     numbers: list[list[int]] = []
@@ -657,10 +680,12 @@ def test_a_lasting_fault(case: Case, make, tmp_path: Path, tokenizer) -> None:
     # skip, beyond the share: one line, at the same step.
     beyond = run(tmp_path / "beyond", on_fault="skip", max_skipped_share=5e-7)
     step = concerned[0] + 1
-    assert beyond.error == (
+    assert beyond.error is not None
+    assert matches(BEYOND, beyond.error, shards)
+    assert beyond.error.startswith(
         f"step {step}: {sum(hole.step < step for hole in skipped.holes)} of "
         f"{step * GLOBAL_BATCH} pairs were skipped, more than data.max_skipped_share=5e-07 allows "
-        f"(0); see {tmp_path / 'beyond' / 'holes'}, mend the shards, or raise the option"
+        f"(0); see {tmp_path / 'beyond' / 'holes'}, "
     )
     assert beyond.holes == [hole for hole in skipped.holes if hole.step < step]
 
@@ -697,41 +722,26 @@ def lasting(name: str) -> Case:
     return found
 
 
-def passing(name: str) -> Case:
-    (found,) = [case for case in PASSING if case.name == name]
-    return found
-
-
-WHOLE = Case("no fault", "", "")
-UNREACHABLE = Case(
-    "HTTP 500, always",
-    lasting("HTTP 500, always").told,
-    SHARD_ROWS,
-    "unreachable",
-    WHOLE_SHARD,
-    answers=always(Status(500)),
-)
-
-
 @pytest.fixture
-def run(make, tmp_path: Path, tokenizer):
-    """Return what trains a case; the tokenizer is made before, so that the steps read first."""
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    laid_out = []
+def prepare(make, tmp_path: Path, tokenizer):
+    """Return what gives the config of a run; its tokenizer is there, so that the steps read first.
 
-    def train(case: Case, output: str, size: int, *, changes=(), **data):
-        if not laid_out:
-            laid_out.extend(make(case))
-        shards, server = laid_out
+    The shards of the first case that is given stay; the server's answers are the last one's.
+    """
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    places = []
+
+    def config_of(case: Case, output: str, **data):
+        if not places:
+            places.extend(make(case))
+        shards, server = places
         if case.answers is not None:
             server.plan(f"/shards/{FAULTY}", case.answers())
-        whole = config(shards, tmp_path / output, **({"workers": 1, "read_timeout_s": 20.0} | data))
-        backbone = BackboneConfig(
-            **vars(whole.backbone) | {"tokenizer": str(tmp_path / "tokenizer")}
-        )
-        return replace(whole, backbone=backbone, **dict(changes)), size, shards
+        run_config = config(shards, tmp_path / output, **({"workers": 1} | data))
+        run_config.backbone.tokenizer = str(tmp_path / "tokenizer")
+        return run_config, shards
 
-    return train
+    return config_of
 
 
 def batches(output: Path) -> dict[int, list[str]]:
@@ -756,76 +766,73 @@ def waited_s(output: Path) -> float:
     )
 
 
+def wait_share(output: Path) -> float:
+    return float(np.mean([entry["train/data_wait_share"] for entry in metrics(output)]))
+
+
 def train_and_catch(run_config) -> str:
     with pytest.raises(UserError) as caught:
         trainer.train(run_config)
     return str(caught.value)
 
 
-def test_a_run_without_an_unreachable_shard_is_the_same_on_1_and_2_ranks(run, tmp_path) -> None:
-    for size in (1, 2):
-        run_config, *_ = run(UNREACHABLE, f"run{size}", size, on_fault="skip")
+def test_a_run_without_an_unreachable_shard_is_the_same_on_1_and_2_ranks(
+    prepare, tmp_path: Path
+) -> None:
+    outputs = [tmp_path / f"run{size}" for size in (1, 2)]
+    for size, output in zip((1, 2), outputs, strict=True):
+        run_config, _ = prepare(lasting("HTTP 500, always"), output.name, on_fault="skip")
         train_on_ranks(run_config, size)
-    one, two = tmp_path / "run1", tmp_path / "run2"
-    assert batches(one) == batches(two)
-    holes, on_two = (read_holes(output / "holes") for output in (one, two))
-    assert [hole[:4] for hole in holes] == [hole[:4] for hole in on_two]
     numbers, _ = by_schedule(Feed(run_config, tmp_path, World(), first_step=0), 1)
-    assert list(batches(one).values()) == [names(part, WHOLE_SHARD) for part in numbers]
-    left_out = [number for part in numbers for number in part if number in WHOLE_SHARD]
-    for output in (one, two):
-        skipped = [entry["train/skipped_pairs"] for entry in metrics(output)]
-        assert skipped[-1] == len(left_out) == len(holes) > GLOBAL_BATCH
-        assert skipped == sorted(skipped)
+    left_out = [
+        (step, row)
+        for step, part in enumerate(numbers)
+        for row, number in enumerate(part)
+        if number in WHOLE_SHARD
+    ]
+    for output in outputs:
+        assert list(batches(output).values()) == [names(part, WHOLE_SHARD) for part in numbers]
+        assert [(hole.step, hole.row) for hole in read_holes(output / "holes")] == left_out
+        assert [entry["train/skipped_pairs"] for entry in metrics(output)] == [
+            sum(hole_step < step for hole_step, _ in left_out) for step in range(1, STEPS + 1)
+        ]
         assert (output / "model").is_dir()
 
 
-def test_a_fault_on_one_rank_ends_both(run) -> None:
-    run_config, size, shards = run(lasting("shard changed since indexing, same size"), "run", 2)
-    with pytest.raises(UserError) as caught:
-        run_ranks(trainer.train, size, run_config, init_group=False)  # no rank outlives it
+def test_a_fault_on_one_rank_ends_both(prepare) -> None:
     case = lasting("shard changed since indexing, same size")
+    run_config, shards = prepare(case, "run")
+    with pytest.raises(UserError) as caught:
+        run_ranks(trainer.train, 2, run_config, init_group=False)  # no rank outlives it
     assert matches(told(case), str(caught.value), shards)
 
 
-def test_too_many_holes_end_both_ranks_with_the_same_line(run) -> None:
-    run_config, size, _ = run(
-        lasting("empty text"), "run", 2, on_fault="skip", max_skipped_share=5e-7
+def test_too_many_holes_end_both_ranks_with_the_same_line(prepare) -> None:
+    run_config, shards = prepare(
+        lasting("empty text"), "run", on_fault="skip", max_skipped_share=5e-7
     )
-    one, two = run_ranks(train_and_catch, size, run_config, init_group=False)
+    one, two = run_ranks(train_and_catch, 2, run_config, init_group=False)
     assert one == two
-    assert "1 of " in one
-    assert "pairs were skipped, more than data.max_skipped_share=5e-07 allows (0)" in one
+    assert matches(BEYOND, one, shards)
 
 
 def test_passing_faults_leave_the_same_weights_and_a_slow_server_shows_as_waiting(
-    run, tmp_path
+    prepare, tmp_path: Path
 ) -> None:
-    runs = {
-        "whole": Case("", "", "", answers=lambda: iter(())),
-        "faults": Case(
-            "",
-            "",
-            "",
-            answers=lambda: iter([Status(500), Reset(), CutOff(100), Short(50), Status(503)]),
-        ),
-        "slow": Case("", "", "", answers=always(Late(1.0))),
-    }
-    for name, case in runs.items():
-        run_config, size, _ = run(case, name, 2, read_attempts=6)
-        train_on_ranks(run_config, size)
+    faults = [Status(500), Reset(), CutOff(100), Short(50), Status(503)]
+    answers = {"whole": usual, "faults": lambda: iter(faults), "slow": always(Late(1.0))}
+    for name, plan in answers.items():
+        case = Case(name, "", "", answers=plan)
+        run_config, _ = prepare(case, name, read_attempts=len(faults) + 1)
+        train_on_ranks(run_config, 2)
         assert read_holes(tmp_path / name / "holes") == []
         assert metrics(tmp_path / name)[-1]["train/skipped_pairs"] == 0
-    whole, *others = (tmp_path / name for name in runs)
-    for other in others:
+    whole, with_faults, slow = (tmp_path / name for name in answers)
+    for other in (with_faults, slow):
         assert batches(other) == batches(whole)
         assert same(tensors(other, STEPS), tensors(whole, STEPS))
-    shares = {
-        name: np.mean([entry["train/data_wait_share"] for entry in metrics(tmp_path / name)])
-        for name in runs
-    }
-    assert waited_s(tmp_path / "slow") > waited_s(whole) + 0.5
-    assert shares["slow"] > shares["whole"]
+    assert waited_s(slow) > waited_s(whole) + 0.5
+    assert wait_share(slow) > wait_share(whole)
 
 
 # And from the command line, in the words of a user.
@@ -866,7 +873,7 @@ def test_the_command_fails_with_the_line_and_then_goes_on_without_the_record(
 
 @pytest.mark.slow
 def test_the_command_says_that_too_much_is_unreachable(make, tmp_path: Path, tokenizer) -> None:
-    shards, _ = make(UNREACHABLE)
+    shards, _ = make(lasting("HTTP 500, always"))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     skip = ("data.on_fault=skip", "data.max_skipped_share=0.00001")
     done = largebatch(*command(shards, *skip), cwd=tmp_path)

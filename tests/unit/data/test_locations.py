@@ -26,8 +26,9 @@ from fault_server import (
 
 from largebatch.data import remote, stores
 from largebatch.data.index import ShardIndex
-from largebatch.data.locations import Retries, is_remote, read_bytes
+from largebatch.data.locations import is_remote, read_bytes
 from largebatch.data.records import Record
+from largebatch.data.retries import Retries
 from largebatch.data.shards import ShardWriter, resolve_source
 from largebatch.errors import DataError, UserError
 

@@ -97,7 +97,6 @@ def expected(source, tokenizer):
     return global_batches(source, tokenizer, 60, 65)  # across the end of an epoch of 62 steps
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than there are cores
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_same_batches_for_any_ranks_and_loader_processes(
