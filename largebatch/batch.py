@@ -78,10 +78,31 @@ class RankBatch(NamedTuple):
     """Those of them that no earlier process of the run has noted."""
 
 
+class Run(NamedTuple):
+    """Texts of one length that lie side by side in a packed chunk."""
+
+    num_texts: int
+    length: int
+    """Tokens of each."""
+
+
+class Packing(NamedTuple):
+    """Where the n texts of a packed chunk lie in its one row of T tokens."""
+
+    position_ids: Tensor
+    """`[1, T]` int64, counted from each text's beginning."""
+    boundaries: Tensor
+    """`[n + 1]` int32, where each text begins, and T."""
+    runs: tuple[Run, ...]
+    """The texts' lengths, longest first, on the host."""
+
+
 class Chunk(NamedTuple):
-    """Texts that go through the encoder together, padded to one length."""
+    """Texts that go through the encoder together, padded to one length or packed in one row."""
 
     input_ids: Tensor
-    """`[n, L]` int64."""
+    """`[n, L]` int64, or `[1, T]` where packed."""
     attention_mask: Tensor
-    """`[n, L]` int64, 1 for tokens and 0 for padding."""
+    """Of the same shape, int64, 1 for tokens and 0 for padding."""
+    packing: Packing | None = None
+    """None: the texts are padded."""

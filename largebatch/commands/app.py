@@ -161,9 +161,20 @@ def _own_folders(
     return own
 
 
+def _build_extension(device: str) -> None:
+    """Build what DeepSpeed compiles, before ranks start and while nothing waits for it."""
+    from largebatch.parallel.deepspeed_build import prepare
+    from largebatch.parallel.process_group import choose_device
+    from largebatch.world import World
+
+    prepare(choose_device(device, World()))
+
+
 def _run_job(command: Command, job: Job, config_dir: Path | None) -> None:
     if command.starts_ranks and job.config.hardware.ranks > 1 and not is_rank():
         own_presets = ["--config-dir", str(config_dir)] if config_dir else []
+        if job.config.strategy.name == "deepspeed":
+            _build_extension(job.config.hardware.device)
         launch(
             [sys.executable, "-m", "largebatch", command.name, *job.overrides, *own_presets],
             ranks=job.config.hardware.ranks,

@@ -5,6 +5,7 @@ from typing import Any
 
 from largebatch.config.checks import Faults
 
+PACKINGS = ("auto", "on", "off")
 POOLINGS = ("cls", "mean", "last", "weighted_mean")
 
 
@@ -26,6 +27,9 @@ class BackboneConfig:
     """Entries of a tokenizer that is trained here."""
     attention: str = "sdpa"
     """transformers' attention implementation: sdpa, eager, flash_attention_2, ..."""
+    packing: str = "auto"
+    """Whether texts go through the backbone in one row, without padding, which gives the same
+    embeddings: auto (where it is faster), on or off."""
 
     def __post_init__(self) -> None:
         faults = Faults()
@@ -35,6 +39,7 @@ class BackboneConfig:
             "backbone.path=FOLDER",
         )
         faults.at_least("backbone.vocab_size", self.vocab_size, 300)
+        faults.one_of("backbone.packing", self.packing, PACKINGS)
         faults.check(
             self.path is None or not self.config,
             "backbone.config is for a model from scratch; with backbone.path use an experiment "
@@ -110,3 +115,6 @@ class ObjectiveConfig:
 
     symmetric: bool = False
     """Whether documents must also find their query among all queries (as in CLIP and GTE)."""
+    mask_duplicates: bool = True
+    """Whether columns that the batch itself shows to answer a query (the same text, query or
+    record, on any rank) are left out of its negatives."""

@@ -1,6 +1,7 @@
 """Options of a training run."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from largebatch.config.checks import Faults
 from largebatch.config.data import DataConfig
@@ -15,8 +16,17 @@ from largebatch.config.model import (
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 PRECISIONS = ("float32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
-STRATEGIES = ("ddp",)
-KEEPS = ("none", "all")
+STRATEGIES = ("ddp", "fsdp", "deepspeed")
+ZERO_STAGES = (0, 1, 2, 3)
+NOT_IN_DEEPSPEED_CONFIG = {
+    "optimizer": "optim.*",
+    "scheduler": "schedule.*",
+    "gradient_clipping": "optim.clip_norm",
+    "gradient_accumulation_steps": "tokens_per_chunk, which cuts a batch into chunks",
+    "train_batch_size": "global_batch",
+    "train_micro_batch_size_per_gpu": "tokens_per_chunk, which cuts a batch into chunks",
+}
+KEEPS = ("none", "layers", "products", "all", "auto")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -75,15 +85,50 @@ class StrategyConfig:
     """How the model is spread over the ranks."""
 
     name: str = "ddp"
-    """ddp: every rank holds the whole model; gradients are averaged once per step."""
+    """ddp: every rank holds the whole model. fsdp: torch's fully_shard, every rank holds a share of
+    weights, gradients and optimizer. deepspeed: ZeRO, see zero_stage. All give the same numbers."""
+    reshard_after_forward: bool = True
+    """fsdp only: whether a layer's gathered weights are freed between its forward and its backward
+    pass. false: less traffic, and every rank holds the whole weights during a step."""
+    zero_stage: int = 2
+    """deepspeed only: what is shared out among ranks. 0: nothing, 1: the optimizer, 2: the
+    gradient too, once it is reduced, 3: the weights too."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """deepspeed only: entries of DeepSpeed's own config, over those that largebatch sets:
+    strategy.config.zero_optimization.offload_optimizer.device=cpu"""
     timeout_s: float = 600.0
     """Seconds after which a rank that waits for others gives up."""
 
     def __post_init__(self) -> None:
         faults = Faults()
         faults.one_of("strategy.name", self.name, STRATEGIES)
+        faults.check(
+            self.zero_stage in ZERO_STAGES,
+            f"strategy.zero_stage={self.zero_stage} is not one of 0, 1, 2, 3",
+        )
+        faults.check(
+            self.name == "deepspeed" or not self.config,
+            f"strategy.config is DeepSpeed's config, and strategy.name={self.name}; use "
+            "strategy=deepspeed, or leave it out",
+        )
+        self._check_deepspeed(faults)
         faults.above("strategy.timeout_s", self.timeout_s, 0)
         faults.finish()
+
+    def _check_deepspeed(self, faults: Faults) -> None:
+        for key, cure in NOT_IN_DEEPSPEED_CONFIG.items():
+            faults.check(key not in self.config, f"strategy.config.{key} is set by {cure}")
+        zero = self.config.get("zero_optimization", {})
+        faults.check(
+            "stage" not in zero,
+            "strategy.config.zero_optimization.stage is set by strategy.zero_stage",
+        )
+        fp16 = self.config.get("fp16", {})
+        faults.check(
+            not fp16.get("enabled"),
+            "strategy.config.fp16.enabled=true is not supported, for it skips steps; use "
+            "hardware.precision=bf16",
+        )
 
 
 @dataclass(kw_only=True)
@@ -185,11 +230,16 @@ class TrainConfig:
     """Decides weights from scratch, order of the data and dropout."""
     global_batch: int = 1024
     """Pairs per optimizer step, over all ranks."""
-    tokens_per_chunk: int = 16384
-    """Padded tokens that go through the encoder at once: bounds the memory of a step."""
+    tokens_per_chunk: int | str = 16384
+    """Tokens, padding included, that go through the encoder at once: bounds the memory of a step.
+    auto: the fastest of a few sizes, tried at the start and kept with the run."""
     keep: str = "none"
     """What the first pass keeps for the backward pass: none (each chunk is embedded again: least
-    memory) or all (no second forward pass: memory of the plain full batch)."""
+    memory), layers (a little of each layer), products (what is expensive to compute), all (no
+    second forward pass: memory of the plain full batch), or auto (what fits into keep_gib)."""
+    keep_gib: float | None = None
+    """Memory of a rank for what is kept, in GiB; chunks that don't fit keep less. Unset: as much as
+    it takes; for keep=auto on a GPU: what is free."""
     max_steps: int = 1000
     """Optimizer steps of the run."""
     debug: bool = False
@@ -211,8 +261,21 @@ class TrainConfig:
     def __post_init__(self) -> None:
         faults = Faults()
         faults.at_least("global_batch", self.global_batch, 2)
-        faults.at_least("tokens_per_chunk", self.tokens_per_chunk, 1)
+        if isinstance(self.tokens_per_chunk, int):
+            faults.at_least("tokens_per_chunk", self.tokens_per_chunk, 1)
+        else:
+            faults.check(
+                self.tokens_per_chunk == "auto",
+                f"tokens_per_chunk={self.tokens_per_chunk!r} is neither a number nor auto",
+            )
         faults.one_of("keep", self.keep, KEEPS)
+        if self.keep_gib is not None:
+            faults.at_least("keep_gib", self.keep_gib, 0)
+        faults.check(
+            self.keep != "auto" or self.keep_gib is not None or self.hardware.device != "cpu",
+            "keep=auto needs keep_gib on a CPU: the GiB that may be held for the backward pass, "
+            "for example keep_gib=4",
+        )
         faults.at_least("max_steps", self.max_steps, 1)
         faults.check(
             self.global_batch >= self.hardware.ranks,
@@ -222,6 +285,14 @@ class TrainConfig:
         faults.check(
             bool(self.data.sources),
             "data.sources is empty; name one, for example data.sources.mine.urls=[shards/]",
+        )
+        patience_s = self.data.read_attempts * self.data.read_timeout_s
+        faults.check(
+            patience_s <= self.strategy.timeout_s / 2,
+            f"data.read_attempts={self.data.read_attempts} times data.read_timeout_s="
+            f"{self.data.read_timeout_s:g} is {patience_s:g} s, more than half of strategy."
+            f"timeout_s={self.strategy.timeout_s:g}, after which other ranks give up; lower those, "
+            "or raise this",
         )
         for phase in self.data.curriculum:
             for side in ("query", "document"):

@@ -1,60 +1,199 @@
-"""Chunks: texts sorted by length and cut by a token budget, so that almost nothing is padding."""
+"""Chunks: texts sorted by length and cut by a token budget, padded or packed without padding."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from largebatch.batch import Chunk, Texts
+from largebatch.batch import Chunk, Packing, Run, Texts
 
 Rows = npt.NDArray[np.intp]
 
 
-def plan_chunks(lengths: npt.NDArray[Any], tokens_per_chunk: int) -> list[Rows]:
+class DistinctTexts(NamedTuple):
+    """Texts without repetitions."""
+
+    texts: Texts
+    """`u` texts, in the order in which each occurs first."""
+    places: Rows
+    """`[n]`, which of them each of the given texts is."""
+
+
+def plan_chunks(
+    lengths: npt.NDArray[Any], tokens_per_chunk: int, *, multiple: int = 1, packed: bool = False
+) -> list[Rows]:
     """Return the rows of each chunk, longest texts first.
 
     Args:
         lengths: `[n]` tokens of each text.
-        tokens_per_chunk: Most padded tokens (rows times the longest row) in a chunk. A single text
-            that is longer than this is a chunk of its own.
+        tokens_per_chunk: Most tokens in a chunk, padding included (rows times the longest row). A
+            single text that is longer than this is a chunk of its own.
+        multiple: What the padded length is rounded up to.
+        packed: Whether the chunks will be packed, so that there is no padding to count.
 
     Every row is in exactly one chunk. The longest chunk comes first, so that memory runs out at
     once or never.
 
     >>> [rows.tolist() for rows in plan_chunks(np.array([2, 8, 3, 1]), 8)]
     [[1], [2, 0], [3]]
+    >>> [rows.tolist() for rows in plan_chunks(np.array([2, 8, 3, 1]), 8, packed=True)]
+    [[1], [2, 0, 3]]
     """
     order = np.argsort(-lengths, kind="stable")
+    # A packed text without any token still takes one place.
+    sizes = np.maximum(lengths[order].astype(np.int64), 1)
+    ends = np.cumsum(sizes)
     chunks: list[Rows] = []
     start = 0
     while start < len(order):
-        longest = max(int(lengths[order[start]]), 1)
-        stop = min(start + max(tokens_per_chunk // longest, 1), len(order))
+        if packed:
+            before = int(ends[start] - sizes[start])
+            stop = int(np.searchsorted(ends, before + tokens_per_chunk, side="right"))
+        else:
+            stop = start + tokens_per_chunk // _round_up(int(sizes[start]), multiple)
+        stop = min(max(stop, start + 1), len(order))
         chunks.append(order[start:stop])
         start = stop
     return chunks
 
 
 def pad_chunks(
-    texts: Texts, plan: Sequence[Rows], *, pad_id: int, device: torch.device
+    texts: Texts, plan: Sequence[Rows], *, pad_id: int, device: torch.device, multiple: int = 1
 ) -> list[Chunk]:
-    """Return the chunks of a plan, each padded on the right to its longest text."""
-    starts = np.cumsum(texts.lengths, dtype=np.int64) - texts.lengths
-    return [_pad(texts, starts, rows, pad_id, device) for rows in plan]
+    """Return the chunks of a plan, each padded on the right to its longest text.
+
+    The length is rounded up to a multiple of `multiple`.
+    """
+    starts = _starts(texts)
+    return [_pad(texts, starts, rows, pad_id, device, multiple) for rows in plan]
+
+
+def pack_chunks(
+    texts: Texts,
+    plan: Sequence[Rows],
+    *,
+    pad_id: int,
+    device: torch.device,
+    first_position: int = 0,
+) -> list[Chunk]:
+    """Return the chunks of a plan, each as one row without padding.
+
+    Args:
+        texts: All texts.
+        plan: Rows of each chunk, sorted by length.
+        pad_id: Stands, masked, for a text without any token.
+        device: Where the chunks go.
+        first_position: Position of each text's first token (RoBERTa's kind begins behind its
+            padding index).
+    """
+    starts = _starts(texts)
+    return [_pack(texts, starts, rows, pad_id, device, first_position) for rows in plan]
+
+
+def distinct_texts(texts: Texts, num_pairs: int) -> DistinctTexts:
+    """Return the texts that differ, so that each is encoded once.
+
+    Args:
+        texts: `num_pairs` queries, their documents in the same order, and any further texts.
+        num_pairs: How many pairs there are.
+
+    A query that equals its own document is not merged with it: as in SimCSE, their embeddings then
+    differ by their dropout masks, and by that alone. (Such queries are merged with each other.)
+    """
+    starts = _starts(texts)
+    buffer = np.ascontiguousarray(texts.tokens).tobytes()
+    width = texts.tokens.itemsize
+    # Python's own dict: one pass, no comparison of texts that differ in their hash.
+    contents = [
+        buffer[width * start : width * (start + length)]
+        for start, length in zip(starts.tolist(), texts.lengths.tolist(), strict=True)
+    ]
+    place: dict[tuple[bytes, bool], int] = {}
+    index = np.empty(len(contents), np.intp)
+    first: list[int] = []
+    for row, content in enumerate(contents):
+        equals_own = row < num_pairs and content == contents[row + num_pairs]
+        number = place.setdefault((content, equals_own), len(first))
+        if number == len(first):
+            first.append(row)
+        index[row] = number
+    if len(first) == len(contents):
+        return DistinctTexts(texts, index)
+    rows = np.array(first, np.intp)
+    lengths = texts.lengths[rows]
+    return DistinctTexts(
+        Texts(texts.tokens[_token_positions(starts, rows, lengths)], lengths), index
+    )
 
 
 def _pad(
-    texts: Texts, starts: npt.NDArray[np.int64], rows: Rows, pad_id: int, device: torch.device
+    texts: Texts,
+    starts: npt.NDArray[np.int64],
+    rows: Rows,
+    pad_id: int,
+    device: torch.device,
+    multiple: int,
 ) -> Chunk:
     lengths = texts.lengths[rows]
-    columns = np.arange(lengths.max(initial=1))
+    columns = np.arange(_round_up(int(lengths.max(initial=1)), multiple))
     mask = columns < lengths[:, None]
     positions = starts[rows][:, None] + columns
     ids = np.full(mask.shape, pad_id, np.int64)
     ids[mask] = texts.tokens[positions[mask]]
+    return Chunk(_to(ids, device), _to(mask.astype(np.int64), device))
+
+
+def _pack(
+    texts: Texts,
+    starts: npt.NDArray[np.int64],
+    rows: Rows,
+    pad_id: int,
+    device: torch.device,
+    first_position: int,
+) -> Chunk:
+    lengths = texts.lengths[rows].astype(np.int64)
+    places = np.maximum(lengths, 1)
+    assert (np.diff(places) <= 0).all(), "a packed chunk is sorted by length"
+    boundaries = np.concatenate([[0], np.cumsum(places)])
+    mask = np.repeat(lengths > 0, places)
+    ids = np.full(len(mask), pad_id, np.int64)
+    ids[mask] = texts.tokens[_token_positions(starts, rows, lengths)]
+    position_ids = np.arange(len(mask)) - np.repeat(boundaries[:-1], places) + first_position
+    different, num_texts = np.unique(places, return_counts=True)
     return Chunk(
-        torch.from_numpy(ids).to(device, non_blocking=True),
-        torch.from_numpy(mask.astype(np.int64)).to(device, non_blocking=True),
+        _to(ids[None], device),
+        _to(mask[None].astype(np.int64), device),
+        Packing(
+            _to(position_ids[None], device),
+            _to(boundaries.astype(np.int32), device),
+            tuple(
+                Run(int(n), int(length))
+                for n, length in zip(num_texts[::-1], different[::-1], strict=True)
+            ),
+        ),
     )
+
+
+def _starts(texts: Texts) -> npt.NDArray[np.int64]:
+    return np.cumsum(texts.lengths, dtype=np.int64) - texts.lengths
+
+
+def _token_positions(
+    starts: npt.NDArray[np.int64], rows: Rows, lengths: npt.NDArray[Any]
+) -> npt.NDArray[np.int64]:
+    """Return where the tokens of some texts lie, one text after another."""
+    begin = np.cumsum(lengths, dtype=np.int64) - lengths
+    return np.repeat(starts[rows] - begin, lengths) + np.arange(int(lengths.sum()))
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _to(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":  # Only from pinned memory does a copy not make the host wait.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -5,15 +5,18 @@ Shapes: b queries of this rank, m documents of all ranks (columns), d embedding 
 The slow version, which the tests compare with, value and every gradient:
 
     logits_bm = scale * queries_bd @ documents_md.T
-    loss = (logsumexp(logits_bm, 1) - logits_bm[range(b), positives_b]).sum()
+    own_b = logits_bm[range(b), positives_b]
+    logits_bm[false_negatives_bm] = -inf  # see masks.py; no query's own document is one
+    loss = (logsumexp(logits_bm, 1) - own_b).sum()
     # symmetric: each positive document must also find its query among all queries of all ranks,
     # so its log-sum-exp runs over the rows of every rank
-    columns_m = combine_columns(logsumexp(logits_bm, 0))
-    loss = (loss + (columns_m[positives_b] - logits_bm[range(b), positives_b]).sum()) / 2
+    columns_m = logsumexp_over_ranks(logsumexp(logits_bm, 0))
+    loss = (loss + (columns_m[positives_b] - own_b).sum()) / 2
 
 The fast one keeps the positive apart from the others, as in softplus(logsumexp(others) - positive):
 where the positive takes nearly all of the softmax, the loss and the positive's gradient are small
-differences of large numbers, and float32 would hold little but rounding.
+differences of large numbers, and float32 would hold little but rounding. Logits, sums and gradients
+are float32 (float64 for such inputs) whatever the inputs are: a tile's rows are converted with it.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,10 +27,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from largebatch.errors import UserError
+from largebatch.losses.masks import FalseNegatives
 from largebatch.losses.temperature import Temperature
 
-CombineColumns = Callable[[Tensor], Tensor]
-"""Takes log-sum-exps of each column over this rank's rows, `[2, m]`, returns them over all rows."""
+Combine = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Takes this rank's log-sum-exps `[m]`, maxima `[m]` and sums `[k]`, returns those over all ranks,
+each elementwise. m is 0 where only sums are asked for."""
 
 TILE = 1024
 """Rows and columns of a tile: 4 MiB of float32."""
@@ -39,7 +44,11 @@ class InfoNCE(NamedTuple):
     loss_sum: Tensor
     """Scalar, the sum over this rank's rows."""
     correct: Tensor
-    """`[b]` bool, whether no document scores above the query's own. Has no gradient."""
+    """`[b]` bool, whether no document scores above the query's own; false negatives don't count.
+    Has no gradient."""
+    totals: Tensor
+    """`[2]`, the loss summed over all ranks' rows, and how many of them are correct; the same on
+    all ranks. Has no gradient."""
 
 
 def info_nce(
@@ -49,7 +58,8 @@ def info_nce(
     scale: Tensor,
     *,
     symmetric: bool = False,
-    combine_columns: CombineColumns | None = None,
+    false_negatives: FalseNegatives | None = None,
+    combine: Combine | None = None,
     tile: int = TILE,
 ) -> InfoNCE:
     """Sum the contrastive loss over this rank's rows (arXiv 1807.03748, eq. 4).
@@ -61,23 +71,29 @@ def info_nce(
         scale: Scalar logit scale, 1 / temperature.
         symmetric: Whether documents are matched to queries as well, both directions weighing half.
             Columns that are no query's document are matched to nothing.
-        combine_columns: Combines column statistics over ranks. None: this rank has all rows.
+        false_negatives: What a row is not contrasted with, in either direction; it must have been
+            made for these rows and columns. None: every column but its own is a negative.
+        combine: Combines statistics over ranks; called once. None: this rank has all rows.
         tile: Rows and columns that are looked at together.
 
     The gradient that comes back is that of the sum over *all* ranks' rows with respect to this
     rank's rows and this rank's share of the columns. So every rank must call backward with the
     same factor; then adding the documents' gradients over ranks gives the exact one.
+
+    Beyond its inputs and their gradients this holds a few tiles, a few numbers per row and column,
+    and, for inputs of half precision, the queries' gradient in float32.
     """
-    loss_sum, correct = _TiledInfoNCE.apply(  # type: ignore[no-untyped-call]
+    loss_sum, correct, totals = _TiledInfoNCE.apply(  # type: ignore[no-untyped-call]
         queries_bd,
         documents_md,
         scale,
         positives_b,
         symmetric,
-        combine_columns,
+        false_negatives,
+        combine,
         tile,
     )
-    return InfoNCE(loss_sum, correct)
+    return InfoNCE(loss_sum, correct, totals)
 
 
 class ContrastiveLoss(nn.Module):
@@ -86,15 +102,27 @@ class ContrastiveLoss(nn.Module):
     Args:
         temperature: Default: fixed at 0.05.
         symmetric: Whether documents are matched to queries too, both directions weighing half.
+        mask_duplicates: Whether whoever knows the texts (GradCache, the objective) leaves out
+            false negatives: see masks.py.
     """
 
-    def __init__(self, temperature: Temperature | None = None, *, symmetric: bool = False) -> None:
+    def __init__(
+        self,
+        temperature: Temperature | None = None,
+        *,
+        symmetric: bool = False,
+        mask_duplicates: bool = True,
+    ) -> None:
         super().__init__()
         self.temperature = temperature if temperature is not None else Temperature()
         self.symmetric = symmetric
+        self.mask_duplicates = mask_duplicates
 
     def forward(self, queries_bd: Tensor, documents_md: Tensor) -> Tensor:
-        """Return the mean loss of b queries whose documents are the first b of m documents."""
+        """Return the mean loss of b queries whose documents are the first b of m documents.
+
+        Nothing is known of texts here, so every other document is a negative.
+        """
         if len(documents_md) < len(queries_bd):
             raise UserError(
                 f"{len(queries_bd)} queries need a document each, got {len(documents_md)}"
@@ -113,7 +141,8 @@ class ContrastiveLoss(nn.Module):
         positives_b: Tensor,
         *,
         symmetric: bool | None = None,
-        combine_columns: CombineColumns | None = None,
+        false_negatives: FalseNegatives | None = None,
+        combine: Combine | None = None,
     ) -> InfoNCE:
         """Return the loss summed over this rank's rows: `info_nce` with this object's settings.
 
@@ -125,7 +154,8 @@ class ContrastiveLoss(nn.Module):
             positives_b,
             self.temperature(),
             symmetric=self.symmetric if symmetric is None else symmetric,
-            combine_columns=combine_columns,
+            false_negatives=false_negatives,
+            combine=combine,
         )
 
 
@@ -138,105 +168,154 @@ class _TiledInfoNCE(torch.autograd.Function):
         scale: Tensor,
         positives_b: Tensor,
         symmetric: bool,
-        combine_columns: CombineColumns | None,
+        false_negatives: FalseNegatives | None,
+        combine: Combine | None,
         tile: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         b, m = len(queries_bd), len(documents_md)
-        row_others_b = queries_bd.new_full((b,), -torch.inf)
-        best_other_b = queries_bd.new_full((b,), -torch.inf)
-        positive_b = queries_bd.new_zeros(b)
-        # Per column: the log-sum-exp of all queries but its own, and its own query's logit.
-        columns_2m = queries_bd.new_full((2, m), -torch.inf)
-        column_others_m = columns_2m[0]
-        logit_scale = scale.to(queries_bd.dtype)
-        for rows, columns in _tiles(b, m, tile):
-            logits = (logit_scale * queries_bd[rows]) @ documents_md[columns].T
-            index, inside = _positives_in_tile(positives_b[rows], columns)
-            own = logits.gather(1, index[:, None]).squeeze(1)
-            positive_b[rows] = torch.where(inside, own, positive_b[rows])
-            others = torch.where(inside, -torch.inf, own)
-            logits.scatter_(1, index[:, None], others[:, None])
-            row_others_b[rows] = torch.logaddexp(row_others_b[rows], logits.logsumexp(1))
-            best_other_b[rows] = torch.maximum(best_other_b[rows], logits.amax(1))
-            if symmetric:
-                column_others_m[columns] = torch.logaddexp(
-                    column_others_m[columns], logits.logsumexp(0)
-                )
-        zero = positive_b.new_zeros(())
+        dtype = _at_least_float32(queries_bd.dtype)
+        row_others_b = queries_bd.new_full((b,), -torch.inf, dtype=dtype)
+        best_other_b = queries_bd.new_full((b,), -torch.inf, dtype=dtype)
+        positive_b = queries_bd.new_zeros(b, dtype=dtype)
+        column_others_m = queries_bd.new_full((m if symmetric else 0,), -torch.inf, dtype=dtype)
+        logit_scale = scale.to(dtype)
+        buffers = _Buffers(2, min(b, tile) * min(m, tile), positive_b)
+        for rows in _slices(b, tile):
+            scaled = logit_scale * queries_bd[rows].to(dtype)
+            for columns in _slices(m, tile):
+                logits, spare = buffers.of_tile(rows, columns)
+                torch.mm(scaled, documents_md[columns].to(dtype).T, out=logits)
+                if false_negatives is not None:
+                    false_negatives.fill_(logits, rows, columns, -torch.inf)
+                index, inside = _positives_in_tile(positives_b[rows], columns)
+                own = logits.gather(1, index).squeeze(1)
+                positive_b[rows] = torch.where(inside, own, positive_b[rows])
+                logits.scatter_(1, index, torch.where(inside, -torch.inf, own)[:, None])
+                highest, others = _logsumexp(logits, 1, spare)
+                best_other_b[rows] = torch.maximum(best_other_b[rows], highest)
+                row_others_b[rows] = torch.logaddexp(row_others_b[rows], others)
+                if symmetric:
+                    _, others = _logsumexp(logits, 0, spare)
+                    column_others_m[columns] = torch.logaddexp(column_others_m[columns], others)
+        correct_b = positive_b >= best_other_b
         margin_b = row_others_b - positive_b
-        loss_sum = torch.logaddexp(margin_b, zero).sum()  # softplus
+        loss_sum = _softplus(margin_b).sum()
         share_of_others_b = torch.sigmoid(margin_b)
+        totals = torch.stack([loss_sum, correct_b.sum().to(dtype)])
+        # Each column's own query is one rank's row; the highest over ranks finds it.
+        column_own_m = torch.full_like(column_others_m, -torch.inf)
         if symmetric:
-            columns_2m[1, positives_b] = positive_b
-            if combine_columns is not None:
-                columns_2m = combine_columns(columns_2m)
-            margin_b = columns_2m[0, positives_b] - positive_b
-            loss_sum = (loss_sum + torch.logaddexp(margin_b, zero).sum()) / 2
+            column_own_m[positives_b] = positive_b
+        if combine is not None:
+            column_others_m, column_own_m, totals = combine(column_others_m, column_own_m, totals)
+        if symmetric:
+            margin_b = column_others_m[positives_b] - positive_b
+            loss_sum = (loss_sum + _softplus(margin_b).sum()) / 2
             share_of_others_b += torch.sigmoid(margin_b)
+            # What columns lose over all ranks every rank can tell by now.
+            losses_m = _softplus(column_others_m - column_own_m)
+            of_columns = torch.where(column_own_m.isneginf(), 0, losses_m).sum()
+            totals = torch.stack([(totals[0] + of_columns) / 2, totals[1]])
         ctx.save_for_backward(
             queries_bd, documents_md, scale, positives_b, positive_b,
-            torch.logaddexp(row_others_b, positive_b), share_of_others_b, columns_2m,
+            torch.logaddexp(row_others_b, positive_b), share_of_others_b,
+            torch.logaddexp(column_others_m, column_own_m), column_own_m,
         )  # fmt: skip
-        ctx.symmetric, ctx.tile = symmetric, tile
-        correct_b = positive_b >= best_other_b
-        ctx.mark_non_differentiable(correct_b)
-        return loss_sum, correct_b
+        ctx.symmetric, ctx.false_negatives, ctx.tile = symmetric, false_negatives, tile
+        ctx.mark_non_differentiable(correct_b, totals)
+        return loss_sum, correct_b, totals
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _grad_correct: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (
             queries_bd, documents_md, scale, positives_b, positive_b,
-            row_lse_b, share_of_others_b, columns_2m,
+            row_lse_b, share_of_others_b, column_lse_m, column_own_m,
         ) = ctx.saved_tensors  # fmt: skip
-        column_lse_m = torch.logaddexp(columns_2m[0], columns_2m[1])
-        has_query_m = ~columns_2m[1].isneginf()
-        own_query_m = torch.where(has_query_m, columns_2m[1], 0)
-        grad_queries_bd = torch.zeros_like(queries_bd)
-        grad_documents_md = torch.zeros_like(documents_md)
-        grad_log_scale = scale.new_zeros(())
-        logit_scale = scale.to(queries_bd.dtype)
-        for rows, columns in _tiles(len(queries_bd), len(documents_md), ctx.tile):
-            logits = (logit_scale * queries_bd[rows]) @ documents_md[columns].T
-            # d loss / d logits: softmax minus one at the positive, for each direction. Its sum over
-            # a row (a column) is 0, so the positive's logit may be taken off the logits that the
-            # scale's gradient weighs with it: no large numbers then cancel each other there.
-            grad_logits = torch.exp(logits - row_lse_b[rows, None])
-            grad_log_scale += _dot(grad_logits, logits - positive_b[rows, None]).to(scale.dtype)
-            if ctx.symmetric:
-                column_softmax = torch.exp(logits - column_lse_m[columns]) * has_query_m[columns]
-                grad_log_scale += _dot(column_softmax, logits - own_query_m[columns]).to(
-                    scale.dtype
-                )
-                grad_logits += column_softmax
-            index, inside = _positives_in_tile(positives_b[rows], columns)
-            present = grad_logits.gather(1, index[:, None]).squeeze(1)
-            own = torch.where(inside, -share_of_others_b[rows], present)
-            grad_logits.scatter_(1, index[:, None], own[:, None])
-            grad_queries_bd[rows] += grad_logits @ documents_md[columns]
-            grad_documents_md[columns] += grad_logits.T @ queries_bd[rows]
-        factor = grad_loss / (2 if ctx.symmetric else 1)
+        b, m, tile, dtype = len(queries_bd), len(documents_md), ctx.tile, positive_b.dtype
+        no_query_m = column_own_m.isneginf()
+        column_own_m = column_own_m.masked_fill(no_query_m, 0)
+        # exp(logit - inf) is 0: columns without a query are matched to nothing.
+        column_lse_m = column_lse_m.masked_fill(no_query_m, torch.inf)
+        logit_scale = scale.to(dtype)
+        weight = grad_loss / (2 if ctx.symmetric else 1)
+        grad_log_scale = torch.zeros_like(logit_scale)
+        grad_queries_bd = torch.zeros_like(queries_bd, dtype=dtype)
+        grad_documents_md = torch.empty_like(documents_md)
+        buffers = _Buffers(4, min(b, tile) * min(m, tile), positive_b)
+        # Columns outside: only their gradient, the larger one, is then finished tile by tile, and
+        # needs no second copy of higher precision.
+        for columns in _slices(m, tile):
+            documents = documents_md[columns].to(dtype)
+            grad_documents = torch.zeros_like(documents)
+            for rows in _slices(b, tile):
+                logits, grad_logits, column_softmax, spare = buffers.of_tile(rows, columns)
+                queries = queries_bd[rows].to(dtype)
+                torch.mm(logit_scale * queries, documents.T, out=logits)
+                # d loss / d logits: softmax minus one at the positive, for each direction. Its sum
+                # over a row (a column) is 0, so the positive's logit may be taken off the logits
+                # that the scale's gradient weighs with it: no large numbers cancel each other.
+                parts = [(grad_logits, row_lse_b[rows, None], positive_b[rows, None])]
+                if ctx.symmetric:
+                    parts.append((column_softmax, column_lse_m[columns], column_own_m[columns]))
+                for softmax, lse, own in parts:
+                    torch.sub(logits, lse, out=softmax).exp_()
+                    if ctx.false_negatives is not None:
+                        ctx.false_negatives.fill_(softmax, rows, columns, 0)
+                    if ctx.needs_input_grad[2]:
+                        torch.sub(logits, own, out=spare)
+                        grad_log_scale += torch.dot(softmax.flatten(), spare.flatten())
+                if ctx.symmetric:
+                    grad_logits += column_softmax
+                index, inside = _positives_in_tile(positives_b[rows], columns)
+                present = grad_logits.gather(1, index).squeeze(1)
+                own = torch.where(inside, -share_of_others_b[rows], present)
+                grad_logits.scatter_(1, index, own[:, None])
+                grad_queries_bd[rows].addmm_(grad_logits, documents)
+                grad_documents.addmm_(grad_logits.T, queries)
+            grad_documents_md[columns] = grad_documents.mul_(weight * logit_scale)
         return (
-            grad_queries_bd.mul_(factor * logit_scale),
-            grad_documents_md.mul_(factor * logit_scale),
-            grad_log_scale * factor / scale,
-            None, None, None, None,
+            grad_queries_bd.mul_(weight * logit_scale).to(queries_bd.dtype),
+            grad_documents_md,
+            (grad_log_scale * weight / logit_scale).to(scale.dtype),
+            None, None, None, None, None,
         )  # fmt: skip
 
 
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    product: Tensor = torch.linalg.vecdot(left.flatten(), right.flatten())
-    return product
+class _Buffers:
+    """Memory that every tile uses again."""
+
+    def __init__(self, number: int, size: int, like: Tensor) -> None:
+        self.flat = [like.new_empty(size) for _ in range(number)]
+
+    def of_tile(self, rows: slice, columns: slice) -> list[Tensor]:
+        r, c = rows.stop - rows.start, columns.stop - columns.start
+        return [flat[: r * c].view(r, c) for flat in self.flat]
 
 
-def _tiles(b: int, m: int, tile: int) -> Iterator[tuple[slice, slice]]:
-    for row in range(0, b, tile):
-        for column in range(0, m, tile):
-            yield slice(row, min(row + tile, b)), slice(column, min(column + tile, m))
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _softplus(margins: Tensor) -> Tensor:
+    return torch.logaddexp(margins, margins.new_zeros(()))
+
+
+def _logsumexp(logits: Tensor, dim: int, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """Return maximum and log-sum-exp over a dimension, with the exponentials in `spare`."""
+    highest = logits.amax(dim)
+    shift = highest.masked_fill(highest.isneginf(), 0)  # -inf minus -inf would be NaN
+    torch.sub(logits, shift.unsqueeze(dim), out=spare).exp_()
+    return highest, spare.sum(dim).log_().add_(shift)
+
+
+def _slices(number: int, size: int) -> Iterator[slice]:
+    for start in range(0, number, size):
+        yield slice(start, min(start + size, number))
 
 
 def _positives_in_tile(positives: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Return each row's positive as a column of the tile, and whether it lies in the tile."""
+    """Return each row's positive as a column of the tile `[r, 1]`, and whether it is inside."""
     width = columns.stop - columns.start
     index = positives - columns.start
-    return index.clamp(0, width - 1), (index >= 0) & (index < width)
+    return index.clamp(0, width - 1)[:, None], (index >= 0) & (index < width)

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from largebatch.batch import Chunk, Texts
 from largebatch.config import POOLINGS, suggest
-from largebatch.data.chunks import pad_chunks, plan_chunks
+from largebatch.data.chunks import Rows, pack_chunks, pad_chunks, plan_chunks
 from largebatch.data.text import TextSettings, tokenize
 from largebatch.errors import UserError
-from largebatch.model.pooling import POOLING
+from largebatch.model.attention import run_packed, use_packed_attention, why_not_packable
+from largebatch.model.last_layer import ONE_TOKEN_POOLINGS, pooled_tokens, prepare_last_layer
+from largebatch.model.pooling import POOLING, pool_chunk
+from largebatch.model.positions import first_position, usable_positions
 from largebatch.model.pretrained import (
     backbone_from_config,
     check_model_folder,
@@ -31,6 +34,10 @@ from largebatch.model.pretrained import (
 )
 
 log = logging.getLogger(__name__)
+
+PACKINGS = ("auto", "on", "off")
+WORTH_PACKING = 0.1
+"""Share of padding above which packing pays on a CPU; measured by benchmarks/packing.py."""
 
 
 class Encoder(nn.Module):
@@ -45,10 +52,12 @@ class Encoder(nn.Module):
         document_prompt: Put before each document.
         query_max_tokens: Longest query in training; encoding cuts at the larger of both numbers.
         document_max_tokens: Longest document in training.
+        packing: Whether texts go through the backbone in one row without padding, which gives the
+            same embeddings: on (where the backbone allows it), off, or auto (where it is faster).
 
     Raises:
-        UserError: The pooling is unknown, the tokenizer has tokens that the backbone lacks, or a
-            maximum length is beyond the backbone's positions.
+        UserError: The pooling or packing is unknown, the tokenizer has tokens that the backbone
+            lacks, or a maximum length is beyond the backbone's positions.
     """
 
     def __init__(
@@ -62,8 +71,11 @@ class Encoder(nn.Module):
         document_prompt: str = "",
         query_max_tokens: int = 128,
         document_max_tokens: int = 256,
+        packing: str = "auto",
     ) -> None:
         super().__init__()
+        if packing not in PACKINGS:
+            raise UserError(f"packing={packing!r} is not one of {', '.join(PACKINGS)}")
         if pooling not in POOLING:
             raise UserError(
                 f"pooling={pooling!r} is not one of {', '.join(POOLINGS)}"
@@ -73,6 +85,9 @@ class Encoder(nn.Module):
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.normalize = normalize
+        self.packing = packing
+        self._told_why_padded = False
+        self._has_one_token_layer = prepare_last_layer(backbone)
         self.text = TextSettings(
             query_prompt=query_prompt,
             document_prompt=document_prompt,
@@ -99,6 +114,7 @@ class Encoder(nn.Module):
         document_max_tokens: int | None = None,
         tokenizer: str | Path | None = None,
         attention: str = "sdpa",
+        packing: str = "auto",
     ) -> "Encoder":
         """Load a transformers or sentence-transformers folder, or a hub name.
 
@@ -135,7 +151,8 @@ class Encoder(nn.Module):
                 "other words than those that the weights were trained on", tokenizer, name,
             )  # fmt: skip
         merged = settings | {key: value for key, value in given.items() if value is not None}
-        return cls(load_backbone(name, attention=attention), own_tokenizer, **merged)
+        backbone = load_backbone(name, attention=attention)
+        return cls(backbone, own_tokenizer, packing=packing, **merged)
 
     @classmethod
     def from_scratch(
@@ -154,36 +171,86 @@ class Encoder(nn.Module):
             tokenizer: Its length is the size of the vocabulary.
             config: Entries of the architecture's config, such as hidden_size.
             attention: transformers' attention implementation.
-            settings: pooling, prompts and lengths, as in the constructor.
+            settings: pooling, prompts, lengths and packing, as in the constructor.
         """
         backbone = new_backbone(model_type, tokenizer, config=config or {}, attention=attention)
         return cls(backbone, tokenizer, **settings)
 
     @classmethod
-    def from_settings(cls, folder: Path, *, attention: str = "sdpa") -> "Encoder":
+    def from_settings(
+        cls, folder: Path, *, attention: str = "sdpa", packing: str = "auto"
+    ) -> "Encoder":
         """Build an untrained encoder by what `save_settings` wrote, for a checkpoint to fill."""
         return cls(
             backbone_from_config(folder, attention=attention),
             load_tokenizer(str(folder)),
+            packing=packing,
             **read_settings(str(folder)),
         )
 
     def forward(self, chunk: Chunk) -> Tensor:
         """Return the embeddings of a chunk, `[n, d]` in float32 (float64 for a float64 model)."""
         device = chunk.input_ids.device
+        one_token = self._has_one_token_layer and self.pooling in ONE_TOKEN_POOLINGS
+        options: dict[str, Any] = {}
         with (
             torch.autocast(device.type, dtype=self.autocast_dtype)
             if self.autocast_dtype is not None
             else nullcontext()
         ):
-            hidden_nLH = self.backbone(
-                input_ids=chunk.input_ids, attention_mask=chunk.attention_mask
-            ).last_hidden_state
+            if one_token:
+                options["pooled_tokens"] = pooled_tokens(self.pooling, chunk)
+            if chunk.packing is None:
+                hidden_nLH = self.backbone(
+                    input_ids=chunk.input_ids, attention_mask=chunk.attention_mask, **options
+                ).last_hidden_state
+            else:
+                hidden_nLH = run_packed(self.backbone, chunk.input_ids, chunk.packing, **options)
         # Pooling and length are where low precision would cost; both are cheap.
         if hidden_nLH.dtype in (torch.bfloat16, torch.float16):
             hidden_nLH = hidden_nLH.float()
-        embeddings_nd = POOLING[self.pooling](hidden_nLH, chunk.attention_mask)
+        embeddings_nd = hidden_nLH[0] if one_token else pool_chunk(self.pooling, hidden_nLH, chunk)
         return F.normalize(embeddings_nd, dim=-1) if self.normalize else embeddings_nd
+
+    def make_chunks(self, texts: Texts, tokens_per_chunk: int) -> tuple[list[Rows], list[Chunk]]:
+        """Return the rows of each chunk and the chunks, packed or padded as is faster here.
+
+        Args:
+            texts: Any number of texts.
+            tokens_per_chunk: Most tokens in a chunk, padding included.
+        """
+        multiple = self._length_multiple()
+        plan = plan_chunks(texts.lengths, tokens_per_chunk, multiple=multiple)
+        if self.can_pack and (self.packing == "on" or self._is_worth_packing(texts, plan)):
+            plan = plan_chunks(texts.lengths, tokens_per_chunk, packed=True)
+            return plan, pack_chunks(
+                texts,
+                plan,
+                pad_id=self.pad_id,
+                device=self.device,
+                first_position=first_position(self.backbone),
+            )
+        return plan, pad_chunks(
+            texts, plan, pad_id=self.pad_id, device=self.device, multiple=multiple
+        )
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether chunks may be packed, by the option `packing`, the backbone and the device."""
+        if self.packing == "off":
+            return False
+        dtype = self.autocast_dtype or self.dtype
+        reason = why_not_packable(self.backbone, self.device, dtype)
+        if self._compiled_call_impl is not None or self.backbone._compiled_call_impl is not None:
+            reason = "torch.compile would compile anew for the lengths of each chunk"
+        if reason is None:
+            use_packed_attention(self.backbone)
+            return True
+        if not self._told_why_padded:
+            level = logging.WARNING if self.packing == "on" else logging.INFO
+            log.log(level, "texts are padded, not packed: %s", reason)
+            self._told_why_padded = True
+        return False
 
     @property
     def device(self) -> torch.device:
@@ -240,12 +307,11 @@ class Encoder(nn.Module):
             prompt=self.text.prompt(side),
             max_tokens=self.text.encode_max_tokens,
         )
-        plan = plan_chunks(tokens.lengths, tokens_per_chunk)
+        plan, chunks = self.make_chunks(tokens, tokens_per_chunk)
         out = np.empty((tokens.num_texts, self.embedding_width), np.float32)
         was_training = self.training
         self.eval()
-        for rows in _with_progress(plan) if progress else plan:
-            (chunk,) = pad_chunks(tokens, [rows], pad_id=self.pad_id, device=self.device)
+        for rows, chunk in zip(_with_progress(plan) if progress else plan, chunks, strict=True):
             out[rows] = self(chunk).float().cpu().numpy()
         self.train(was_training)
         return out
@@ -256,6 +322,20 @@ class Encoder(nn.Module):
 
         save_sentence_transformer(self, Path(folder))
 
+    def _is_worth_packing(self, texts: Texts, plan: list[Rows]) -> bool:
+        if self.device.type == "cuda":
+            return True
+        padded = sum(len(rows) * int(texts.lengths[rows[0]]) for rows in plan)
+        return padded > (1 + WORTH_PACKING) * int(texts.lengths.sum())
+
+    def _length_multiple(self) -> int:
+        """Return what padded lengths are rounded up to: what tensor cores like, without them 1."""
+        low = self.autocast_dtype in (torch.bfloat16, torch.float16)
+        if self.device.type == "cuda" and low:
+            positions = usable_positions(self.backbone)
+            return 8 if positions is None or positions % 8 == 0 else 1
+        return 1
+
     def _check_tokenizer_and_lengths(self) -> None:
         config = self.backbone.config
         known = getattr(config, "vocab_size", None)
@@ -264,24 +344,13 @@ class Encoder(nn.Module):
                 f"the tokenizer has {len(self.tokenizer)} tokens, but the model knows {known}: "
                 "use the model's own tokenizer"
             )
-        positions = _usable_positions(self.backbone)
+        positions = usable_positions(self.backbone)
         for name in ("query_max_tokens", "document_max_tokens"):
             if positions is not None and getattr(self.text, name) > positions:
                 raise UserError(
                     f"text.{name}={getattr(self.text, name)} is beyond the {positions} positions "
                     "of the model; lower it"
                 )
-
-
-def _usable_positions(backbone: nn.Module) -> int | None:
-    """Return the longest text that a model takes, None if it has no limit that it tells."""
-    for name, module in backbone.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa's kind counts positions from behind its padding index.
-            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - skipped
-    positions = getattr(backbone.config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def _with_progress(plan: list[Any]) -> Any:

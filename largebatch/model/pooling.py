@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from largebatch.batch import Chunk
+
 
 def pool_cls(hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
     """Return the first token of each text, `[n, H]`."""
@@ -38,6 +40,24 @@ POOLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "last": pool_last,
     "weighted_mean": pool_weighted_mean,
 }
+
+
+def pool_chunk(pooling: str, hidden: Tensor, chunk: Chunk) -> Tensor:
+    """Return the vector of each text of a chunk, `[n, H]`.
+
+    Args:
+        pooling: A key of POOLING.
+        hidden: `[n, L, H]`, or `[1, T, H]` where the chunk is packed.
+        chunk: What it was made of.
+    """
+    pool = POOLING[pooling]
+    if chunk.packing is None:
+        return pool(hidden, chunk.attention_mask)
+    runs = chunk.packing.runs
+    sizes = [run.num_texts * run.length for run in runs]
+    parts = zip(runs, hidden[0].split(sizes), chunk.attention_mask[0].split(sizes), strict=True)
+    # Texts of one length are a batch without padding.
+    return torch.cat([pool(h.unflatten(0, run), mask.unflatten(0, run)) for run, h, mask in parts])
 
 
 def _weighted(hidden_nLH: Tensor, weights_nL: Tensor) -> Tensor:

@@ -40,14 +40,33 @@ class Collectives:
         self._active = dist.is_available() and dist.is_initialized()
         rank, size = (dist.get_rank(), dist.get_world_size()) if self._active else (0, 1)
         self.world = World(rank=rank, size=size)
+        self._room = 2  # of gather_ragged; the same on all ranks, since all saw the same numbers
 
-    def gather_counts(self, numbers: Tensor) -> Tensor:
-        """Return the numbers `[k]` (int64) of every rank, `[world size, k]`."""
+    def gather_ragged(self, values: Tensor, *, device: torch.device) -> list[Tensor]:
+        """Return the values `[k]` of every rank, on the CPU; k may differ between ranks.
+
+        Args:
+            values: Integers, on the CPU.
+            device: Where this process group's tensors live.
+
+        One all-gather with room for as many values as any rank has had yet, and their number. Only
+        when a rank has more is there a second one, with more room.
+        """
         if self.world.size == 1:
-            return numbers[None]
-        out = numbers.new_empty(self.world.size * len(numbers))
-        _all_gather(out, numbers.contiguous())
-        return out.view(self.world.size, len(numbers))
+            return [values]
+        while True:
+            sent = values.new_zeros(1 + self._room)
+            sent[0] = len(values)
+            fitting = values[: self._room]
+            sent[1 : 1 + len(fitting)] = fitting
+            sent = sent.to(device)
+            out = sent.new_empty(self.world.size * len(sent))
+            _all_gather(out, sent)
+            table = out.view(self.world.size, -1).cpu()
+            numbers = table[:, 0].tolist()
+            if max(numbers) <= self._room:
+                return [row[1 : 1 + k] for row, k in zip(table, numbers, strict=True)]
+            self._room = 1 << (max(numbers) - 1).bit_length()
 
     def gather_rows(self, rows_nd: Tensor, counts: list[int]) -> Gathered:
         """Return the rows of all ranks, differentiable for all of them.
@@ -64,16 +83,24 @@ class Collectives:
         rows = _GatherRows.apply(rows_nd, counts, self.world.rank)  # type: ignore[no-untyped-call]
         return Gathered(rows, counts)
 
-    def combine_logsumexp(self, values: Tensor) -> Tensor:
-        """Return the elementwise log-sum-exp over ranks."""
+    def combine(
+        self, logsumexps_m: Tensor, highest_m: Tensor, sums_k: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-sum-exps, maxima and sums over ranks, each elementwise.
+
+        Two all-reduces; one if m is 0, which it must then be on all ranks.
+        """
         if self.world.size == 1:
-            return values
-        highest = values.clone()
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
-        highest.masked_fill_(highest.isneginf(), 0)  # -inf minus -inf would be NaN
-        total = torch.exp(values - highest)
+            return logsumexps_m, highest_m, sums_k
+        m = len(logsumexps_m)
+        if m == 0:
+            return logsumexps_m, highest_m, self.sum(sums_k)
+        most = torch.cat([logsumexps_m, highest_m])
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        shift_m = most[:m].masked_fill(most[:m].isneginf(), 0)  # -inf minus -inf would be NaN
+        total = torch.cat([torch.exp(logsumexps_m - shift_m), sums_k])
         dist.all_reduce(total)
-        return total.log_().add_(highest)
+        return total[:m].log_().add_(shift_m), most[m:], total[m:]
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the elementwise sum over ranks."""
@@ -136,25 +163,31 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, rows_nd: Tensor, counts: list[int], rank: int) -> Tensor:
         ctx.counts, ctx.rank = counts, rank
         largest = max(counts)
-        padded = _pad_rows(rows_nd, largest)
+        if len(rows_nd) < largest:
+            padded = rows_nd.new_zeros((largest, *rows_nd.shape[1:]))
+            padded[: len(rows_nd)] = rows_nd
+        else:
+            padded = rows_nd.contiguous()
         out = padded.new_empty((len(counts) * largest, *rows_nd.shape[1:]))
         _all_gather(out, padded)
-        if min(counts) == largest:
-            return out
-        return torch.cat([part[:n] for part, n in zip(out.split(largest), counts, strict=True)])
+        # Close the gaps in place: a second copy of all ranks' rows would be the largest there is.
+        filled = 0
+        for number, count in enumerate(counts):
+            start = number * largest
+            if filled < start:
+                out[filled : filled + count] = out[start : start + count].clone()
+            filled += count
+        return out[:filled]
 
     @staticmethod
     def backward(ctx: Any, grad_Nd: Tensor) -> tuple[Tensor, None, None]:
         largest = max(ctx.counts)
-        parts = grad_Nd.split(ctx.counts)
-        padded = torch.cat([_pad_rows(part, largest) for part in parts])
-        out = padded.new_empty((largest, *grad_Nd.shape[1:]))
-        _reduce_scatter(out, padded)
-        return out[: ctx.counts[ctx.rank]], None, None
-
-
-def _pad_rows(rows: Tensor, number: int) -> Tensor:
-    if len(rows) == number:
-        return rows.contiguous()
-    padding = rows.new_zeros((number - len(rows), *rows.shape[1:]))
-    return torch.cat([rows, padding])
+        if min(ctx.counts) == largest:
+            padded = grad_Nd.contiguous()
+        else:
+            padded = grad_Nd.new_zeros((len(ctx.counts) * largest, *grad_Nd.shape[1:]))
+            for out, part in zip(padded.split(largest), grad_Nd.split(ctx.counts), strict=True):
+                out[: len(part)] = part
+        own = padded.new_empty((largest, *grad_Nd.shape[1:]))
+        _reduce_scatter(own, padded)
+        return own[: ctx.counts[ctx.rank]], None, None

@@ -6,45 +6,64 @@ of all gradients, after the last chunk, is right for all of them.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from largebatch.config import OptimConfig
+from largebatch.losses.infonce import ContrastiveLoss
+from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.modules import OptimizedModules, missing_gradients_are_zeros
+from largebatch.parallel.strategy import Backward
 
 
-class ReplicatedModel:
+class ReplicatedModel(OptimizedModules):
     """The strategy `ddp`.
 
     Args:
-        modules: Encoder and loss; their parameters are trained together.
+        encoder: The encoder; all ranks get rank 0's weights.
+        loss: The loss; likewise.
+        optim: Options of AdamW.
         collectives: How ranks reach each other.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], collectives: Collectives) -> None:
-        self.modules = modules
-        self.collectives = collectives
-        self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+    equal_chunks = False
 
-    def start_equal(self) -> None:
-        """Give all ranks rank 0's weights and buffers."""
-        for module in self.modules:
-            for tensor in (*module.parameters(), *module.buffers()):
-                self.collectives.broadcast_(tensor.data)
+    def __init__(
+        self, encoder: Encoder, loss: ContrastiveLoss, optim: OptimConfig, collectives: Collectives
+    ) -> None:
+        start_equal([encoder, loss], collectives)
+        super().__init__(encoder, loss, optim, collectives)
 
-    def gradient_pass(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def gradient_pass(self) -> Iterator[Backward]:
         """Run a step's backward passes inside; leaving averages their gradients, once."""
-        return one_reduction(self.parameters, self.collectives)
+        with (
+            one_reduction(self.parameters, self.collectives),
+            missing_gradients_are_zeros(self.parameters),
+        ):
+            yield backward
 
-    def clip_gradients(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to `max_norm` (0: leave them) and return their norm before."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if max_norm > 0:
-            nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
-        return norm
+    @contextmanager
+    def whole(self) -> Iterator[Encoder]:
+        """Give the encoder itself, which each rank has all of."""
+        yield self.encoder
+
+
+def start_equal(modules: Sequence[nn.Module], collectives: Collectives) -> None:
+    """Give all ranks rank 0's weights and buffers."""
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            collectives.broadcast_(tensor.data)
+
+
+def backward(embeddings: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:  # noqa: ARG001
+    """Push gradients into the weights, adding to `.grad`; all graphs in one pass."""
+    if embeddings:
+        torch.autograd.backward(list(embeddings), list(gradients))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from largebatch.config import StrategyConfig
 from largebatch.errors import UserError
 from largebatch.world import World
 
@@ -54,9 +55,12 @@ def choose_device(name: str, world: World) -> torch.device:
 
 
 @contextmanager
-def process_group(world: World, device: torch.device, *, timeout_s: float) -> Iterator[None]:
-    """Connect the ranks inside the context; with one process there is nothing to connect."""
-    if world.size == 1:
+def process_group(world: World, device: torch.device, config: StrategyConfig) -> Iterator[None]:
+    """Connect the ranks inside the context.
+
+    With one process there is nothing to connect; fsdp and deepspeed get a group of one.
+    """
+    if world.size == 1 and config.name == "ddp":
         yield
         return
     if device.type == "cuda":
@@ -65,7 +69,8 @@ def process_group(world: World, device: torch.device, *, timeout_s: float) -> It
         "nccl" if device.type == "cuda" else "gloo",
         rank=world.rank,
         world_size=world.size,
-        timeout=timedelta(seconds=timeout_s),
+        store=dist.HashStore() if world.size == 1 else None,  # type: ignore[attr-defined]
+        timeout=timedelta(seconds=config.timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
     yield

@@ -2,26 +2,142 @@
 
 The loop calls these and nothing else, so it runs unchanged on replicas, sharded parameters or
 DeepSpeed's engine.
+
+A tensor of the encoder is called `encoder.NAME` and one of the loss `loss.NAME`, whole and in the
+shapes of the unwrapped modules: what one strategy saves, any other loads.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from largebatch.batch import Chunk
+from largebatch.config import OptimConfig, StrategyConfig
+from largebatch.losses.infonce import ContrastiveLoss
+from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
+
+
+class Backward(Protocol):
+    """Pushes the gradients of some chunks' embeddings into the weights."""
+
+    def __call__(
+        self, embeddings: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool
+    ) -> None:
+        """Back-propagate; each of the embeddings has a graph of its own.
+
+        Args:
+            embeddings: What `Strategy.encoder` returned for some chunks; none: nothing to do.
+            gradients: As many tensors of the same shapes.
+            last: Whether this is the step's last call on this rank.
+        """
 
 
 class Strategy(Protocol):
     """How the model is spread over ranks. All ranks call the same methods in the same order."""
 
     collectives: Collectives
+    loss: ContrastiveLoss
+    num_parameters: int
+    """Trained numbers of the whole model, the temperature included."""
+    equal_chunks: bool
+    """Whether every rank must run equally many forward and as many backward passes."""
 
-    def start_equal(self) -> None:
-        """Give all ranks rank 0's weights and buffers."""
+    @property
+    def encoder(self) -> Callable[[Chunk], Tensor]:
+        """What forward passes go through in training, `chunk -> [n, d]`."""
 
-    def gradient_pass(self) -> AbstractContextManager[None]:
-        """Run a step's backward passes inside; leaving averages their gradients, once."""
+    def gradient_pass(self) -> AbstractContextManager[Backward]:
+        """Run a step's backward passes inside; leaving averages their gradients, once.
+
+        Gradients of the encoder are made by what the context gives, those of the loss by plain
+        autograd. A gradient from before, the same on all ranks, is added to by ddp and fsdp;
+        DeepSpeed begins anew.
+        """
 
     def clip_gradients(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to `max_norm` (0: leave them) and return their norm before."""
+        """Scale the gradients down to `max_norm` (0: leave them) and return their norm before.
+
+        The norm is over the whole model, the temperature included.
+        """
+
+    def step(self, learning_rate: float) -> None:
+        """Move the weights by AdamW."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+
+    def parameter_norm(self) -> Tensor:
+        """Return the norm of all weights, a scalar."""
+
+    def whole(self) -> AbstractContextManager[Encoder]:
+        """Give the encoder with all of its weights, which a rank can run without the others."""
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the names and shapes of the weights."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the whole weights by name on rank 0, nothing elsewhere."""
+
+    def set_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite all weights; every rank gives the whole tensors."""
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return exp_avg.NAME, exp_avg_sq.NAME and step.NAME on rank 0, nothing elsewhere.
+
+        A weight that no step has moved has none.
+        """
+
+    def set_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the optimizer's state; every rank gives the whole tensors."""
+
+
+def make_strategy(
+    config: StrategyConfig,
+    encoder: Encoder,
+    loss: ContrastiveLoss,
+    optim: OptimConfig,
+    collectives: Collectives,
+    device: torch.device,
+    precision: str,
+) -> Strategy:
+    """Spread a model over the ranks, all with rank 0's weights; called by all ranks.
+
+    Args:
+        config: Which strategy, and its options.
+        encoder: The whole encoder, on `device`. From here on it belongs to the strategy.
+        loss: The loss, on `device`.
+        optim: Options of AdamW.
+        collectives: How ranks reach each other.
+        device: Of this rank.
+        precision: float32 or bf16 (autocast in the encoder).
+
+    Raises:
+        UserError: The strategy can't run here, or its options don't fit together.
+    """
+    if precision == "bf16":
+        encoder.autocast_dtype = torch.bfloat16
+    match config.name:
+        case "ddp":
+            from largebatch.parallel.ddp import ReplicatedModel
+
+            return ReplicatedModel(encoder, loss, optim, collectives)
+        case "fsdp":
+            from largebatch.parallel.fsdp import FullyShardedModel
+
+            return FullyShardedModel(
+                encoder,
+                loss,
+                optim,
+                collectives,
+                reshard_after_forward=config.reshard_after_forward,
+            )
+        case "deepspeed":
+            from largebatch.parallel.deepspeed import DeepSpeedModel
+
+            return DeepSpeedModel(encoder, loss, optim, collectives, device, config)
+        case _:
+            raise AssertionError(config.name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from largebatch.config import CurriculumConfig, TextConfig, TrainConfig
-from largebatch.data.locations import Retries
+from largebatch.data.retries import Retries
 from largebatch.data.schedule import Reweighting, Schedule, SourceShape
 from largebatch.data.shards import resolve_source
 from largebatch.data.source import Source
@@ -94,7 +94,11 @@ def build_loss(config: TrainConfig) -> ContrastiveLoss:
         min=config.temperature.min,
         max=config.temperature.max,
     )
-    return ContrastiveLoss(temperature, symmetric=config.objective.symmetric)
+    return ContrastiveLoss(
+        temperature,
+        symmetric=config.objective.symmetric,
+        mask_duplicates=config.objective.mask_duplicates,
+    )
 
 
 def build_encoder(
@@ -117,12 +121,13 @@ def build_encoder(
     """
     backbone = config.backbone
     if resumes:
-        return Encoder.from_settings(folder, attention=backbone.attention)
+        return Encoder.from_settings(folder, attention=backbone.attention, packing=backbone.packing)
     if backbone.path is not None:
         encoder = Encoder.from_pretrained(
             backbone.path,
             tokenizer=backbone.tokenizer,
             attention=backbone.attention,
+            packing=backbone.packing,
             pooling=config.pooling.mode,
             normalize=config.pooling.normalize,
             **_given(config.text),
@@ -137,6 +142,7 @@ def build_encoder(
                 _tokenizer(config, sources, shares),
                 config=backbone.config,
                 attention=backbone.attention,
+                packing=backbone.packing,
                 pooling=config.pooling.mode,
                 normalize=config.pooling.normalize,
                 **_given(config.text),
@@ -145,7 +151,7 @@ def build_encoder(
         )
 
     collectives.on_main(start_from_scratch)
-    return Encoder.from_settings(folder, attention=backbone.attention)
+    return Encoder.from_settings(folder, attention=backbone.attention, packing=backbone.packing)
 
 
 def _given(text: TextConfig) -> dict[str, Any]:

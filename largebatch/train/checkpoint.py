@@ -24,20 +24,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from largebatch.errors import UserError
+from largebatch.parallel.strategy import Strategy
 
 FORMAT = 1
 
 
-class TrainState(NamedTuple):
-    """The objects that a checkpoint is taken of, and restored into."""
+class Tensors(NamedTuple):
+    """The whole tensors of a model and its optimizer, by name, as rank 0 gets them."""
 
-    encoder: nn.Module
-    loss: nn.Module
-    optimizer: torch.optim.Optimizer
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
 
-    def modules(self) -> dict[str, nn.Module]:
-        """Return the modules by the prefix of their tensors' names."""
-        return {"encoder": self.encoder, "loss": self.loss}
+    @classmethod
+    def of(cls, strategy: Strategy) -> "Tensors":
+        """Gather them; called by all ranks, and empty on all but rank 0."""
+        return cls(strategy.weights(), strategy.optimizer_state())
 
 
 class Best(NamedTuple):
@@ -61,7 +62,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def save_checkpoint(
     folder: Path,
     step: int,
-    state: TrainState,
+    tensors: Tensors,
     *,
     random_states: Sequence[Mapping[str, Tensor]],
     best: Best | None,
@@ -72,7 +73,7 @@ def save_checkpoint(
     Args:
         folder: The run's checkpoints/.
         step: Optimizer steps taken.
-        state: What to save.
+        tensors: What the strategy gave.
         random_states: Each rank's generators, as from `read_random_state`.
         best: The best checkpoint so far, this one included; None: there is no dev score.
         details: Further entries of state.json: the config above all.
@@ -85,8 +86,8 @@ def save_checkpoint(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_file(_weights(state), aside / "weights.safetensors")
-        save_file(_optimizer_tensors(state), aside / "optimizer.safetensors")
+        save_file(_savable(tensors.weights), aside / "weights.safetensors")
+        save_file(_savable(tensors.optimizer), aside / "optimizer.safetensors")
         save_file(
             {
                 f"{name}.{rank}": tensor
@@ -132,14 +133,16 @@ def read_details(folder: Path, step: int) -> dict[str, Any]:
     return details
 
 
-def load_weights(folder: Path, step: int, state: TrainState) -> None:
-    """Restore encoder and loss.
+def load_weights(folder: Path, step: int, strategy: Strategy) -> None:
+    """Restore encoder and loss; called by all ranks.
 
     Raises:
         UserError: The checkpoint is damaged, or is of another model.
     """
-    for prefix, module in state.modules().items():
-        _load_module(folder, step, prefix, module)
+    path = checkpoint_path(folder, step) / "weights.safetensors"
+    tensors = _load(path)
+    _check_shapes(path, tensors, strategy.shapes())
+    strategy.set_weights(tensors)
 
 
 def load_encoder_weights(folder: Path, step: int, encoder: nn.Module) -> None:
@@ -148,36 +151,35 @@ def load_encoder_weights(folder: Path, step: int, encoder: nn.Module) -> None:
     Raises:
         UserError: The checkpoint is damaged, or is of another model.
     """
-    _load_module(folder, step, "encoder", encoder)
+    path = checkpoint_path(folder, step) / "weights.safetensors"
+    own = {
+        name.removeprefix("encoder."): tensor
+        for name, tensor in _load(path).items()
+        if name.startswith("encoder.")
+    }
+    try:
+        encoder.load_state_dict(own)
+    except RuntimeError as error:
+        raise UserError(f"{path} is of another model: {' '.join(str(error).split())}") from error
 
 
-def load_optimizer(folder: Path, step: int, state: TrainState) -> None:
-    """Restore the optimizer's moments and step counts.
+def load_optimizer(folder: Path, step: int, strategy: Strategy) -> None:
+    """Restore the optimizer's moments and step counts; called by all ranks.
 
     Raises:
         UserError: The checkpoint is damaged, or is of another model.
     """
-    tensors = _load(checkpoint_path(folder, step) / "optimizer.safetensors")
-    names = _names_of_parameters(state)
-    order = [p for group in state.optimizer.param_groups for p in group["params"]]
-    number_of = {names[parameter]: number for number, parameter in enumerate(order)}
-    entries: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        entry, _, name = key.partition(".")
-        fits = name in number_of and (
-            entry == "step" or tensor.shape == order[number_of[name]].shape
-        )
-        if not fits:
-            raise UserError(
-                f"checkpoint {checkpoint_path(folder, step)} is of another model: {key}"
-            )
-        if entry != "step":
-            # In the parameter's own order of memory, which AdamW's fused kernel takes for granted.
-            tensor = torch.empty_like(order[number_of[name]]).copy_(tensor)
-        entries.setdefault(number_of[name], {})[entry] = tensor
-    state.optimizer.load_state_dict(
-        {"state": entries, "param_groups": state.optimizer.state_dict()["param_groups"]}
-    )
+    path = checkpoint_path(folder, step) / "optimizer.safetensors"
+    tensors = _load(path)
+    shapes = strategy.shapes()
+    expected = {
+        key: torch.Size([]) if entry == "step" else shapes[name]
+        for key in tensors
+        for entry, _, name in [key.partition(".")]
+        if name in shapes
+    }
+    _check_shapes(path, tensors, expected)
+    strategy.set_optimizer_state(tensors)
 
 
 def read_random_state(device: torch.device) -> dict[str, Tensor]:
@@ -225,12 +227,8 @@ def remove_old(folder: Path, *, keep_last: int, best: Best | None) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _weights(state: TrainState) -> dict[str, Tensor]:
-    tensors = {
-        f"{prefix}.{name}": tensor
-        for prefix, module in state.modules().items()
-        for name, tensor in module.state_dict().items()
-    }
+def _savable(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = dict(named)
     seen: set[int] = set()
     for name, tensor in tensors.items():
         # safetensors has no shared tensors; tied weights are written twice.
@@ -240,34 +238,20 @@ def _weights(state: TrainState) -> dict[str, Tensor]:
     return tensors
 
 
-def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    names = _names_of_parameters(state)
-    return {
-        f"{key}.{names[parameter]}": value.contiguous()
-        for parameter, entries in state.optimizer.state.items()
-        for key, value in entries.items()
-    }
-
-
-def _names_of_parameters(state: TrainState) -> dict[Tensor, str]:
-    return {
-        parameter: f"{prefix}.{name}"
-        for prefix, module in state.modules().items()
-        for name, parameter in module.named_parameters()
-    }
-
-
-def _load_module(folder: Path, step: int, prefix: str, module: nn.Module) -> None:
-    path = checkpoint_path(folder, step) / "weights.safetensors"
-    own = {
-        name.removeprefix(f"{prefix}."): tensor
-        for name, tensor in _load(path).items()
-        if name.startswith(f"{prefix}.")
-    }
-    try:
-        module.load_state_dict(own)
-    except RuntimeError as error:
-        raise UserError(f"{path} is of another model: {' '.join(str(error).split())}") from error
+def _check_shapes(
+    path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
+) -> None:
+    faults = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
+    faults += [f"{name} is unknown" for name in tensors.keys() - expected.keys()]
+    faults += [
+        f"size mismatch of {name}: {list(tensor.shape)}, not {list(expected[name])}"
+        for name, tensor in tensors.items()
+        if name in expected and tensor.shape != expected[name]
+    ]
+    if faults:
+        shown = "; ".join(sorted(faults)[:3])
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"{path} is of another model: {shown}{more}")
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from largebatch.errors import UserError
 from largebatch.evaluate.beir import RetrievalSet, load_retrieval_set
 from largebatch.evaluate.retrieval import evaluate_embeddings, texts_to_encode
 from largebatch.model.encoder import Encoder
-from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.strategy import Strategy
 from largebatch.world import part_of_rank
 
 
@@ -32,36 +32,35 @@ class Evaluation:
     """Scores an encoder in training, on all ranks together.
 
     Args:
-        encoder: The encoder; it is left in the mode that it was in.
-        collectives: How ranks reach each other.
+        strategy: Holds the encoder, which is left in the mode that it was in.
         tokens_per_chunk: Most padded tokens that go through the encoder at once.
     """
 
-    def __init__(self, encoder: Encoder, collectives: Collectives, tokens_per_chunk: int) -> None:
-        self.encoder = encoder
-        self.collectives = collectives
+    def __init__(self, strategy: Strategy, tokens_per_chunk: int) -> None:
+        self.strategy = strategy
+        self.collectives = strategy.collectives
         self.tokens_per_chunk = tokens_per_chunk
 
     def score(self, retrieval_set: RetrievalSet) -> dict[str, float]:
         """Return the scores, on every rank; all ranks must call it."""
         queries, documents = texts_to_encode(retrieval_set)
-        query_embeddings = self._encode(queries, "query").cpu().numpy()
-        document_embeddings = self._encode(documents, "document").cpu().numpy()
+        # A rank's number of chunks is its own, so it must not wait for others' shares of weights.
+        with self.strategy.whole() as encoder:
+            query_embeddings = self._encode(encoder, queries, "query").cpu().numpy()
+            document_embeddings = self._encode(encoder, documents, "document").cpu().numpy()
+            device = encoder.device
         return self.collectives.on_main(
             lambda: evaluate_embeddings(
-                retrieval_set,
-                query_embeddings,
-                document_embeddings,
-                device=self.encoder.device,
+                retrieval_set, query_embeddings, document_embeddings, device=device
             )
         )
 
-    def _encode(self, texts: Sequence[str], side: str) -> torch.Tensor:
+    def _encode(self, encoder: Encoder, texts: Sequence[str], side: str) -> torch.Tensor:
         world = self.collectives.world
         parts = [part_of_rank(len(texts), rank, world.size) for rank in range(world.size)]
         mine = parts[world.rank]
-        rows = self.encoder.encode(
+        rows = encoder.encode(
             texts[mine.start : mine.stop], side=side, tokens_per_chunk=self.tokens_per_chunk
         )
-        on_device = torch.from_numpy(rows).to(self.encoder.device)
+        on_device = torch.from_numpy(rows).to(encoder.device)
         return self.collectives.gather_rows(on_device, [len(part) for part in parts]).rows

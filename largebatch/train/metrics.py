@@ -11,7 +11,7 @@ from largebatch.config import TrainConfig
 from largebatch.errors import UserError
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.parallel.collectives import Collectives
-from largebatch.parallel.ddp import ReplicatedModel
+from largebatch.parallel.strategy import Strategy
 from largebatch.train.memory import peak_memory_gib
 from largebatch.train.step import StepResult
 
@@ -79,7 +79,7 @@ class StepMeter:
             side.num_texts for side in (batch.queries, batch.documents, batch.negatives)
         )
 
-    def read(self, step: int, strategy: ReplicatedModel, loss: ContrastiveLoss) -> dict[str, float]:
+    def read(self, step: int, strategy: Strategy, loss: ContrastiveLoss) -> dict[str, float]:
         """Return the means since the last call, over all ranks; all ranks must call it.
 
         Raises:
@@ -95,12 +95,13 @@ class StepMeter:
         duration_s = time.perf_counter() - self._since_s
         counts = [
             sum(report.num_tokens for report in reports),
+            sum(report.num_encoded_tokens for report in reports),
             sum(report.num_padded_tokens for report in reports),
             self._num_truncated,
             self._num_texts,
             self._num_holes,
         ]
-        tokens, padded, truncated, texts, skipped = self._collectives.sum(
+        tokens, encoded, padded, truncated, texts, skipped = self._collectives.sum(
             torch.tensor(counts, dtype=torch.float64, device=self._device)
         ).tolist()
         waited_s, memory_gib = self._collectives.max(
@@ -112,17 +113,18 @@ class StepMeter:
         ).tolist()
         self.num_skipped = round(skipped)
         num_steps = len(reports)
-        weights = [p.detach() for p in strategy.parameters]
+        param_norm = strategy.parameter_norm().item()
         values = {
             "train/loss": losses.mean().item(),
             "train/accuracy": accuracy,
             "train/temperature": loss.temperature.value,
             "train/lr": self._results[-1].learning_rate,
             "train/grad_norm": norms.mean().item(),
-            "train/param_norm": torch.nn.utils.get_total_norm(weights).item(),
+            "train/param_norm": param_norm,
             "train/pairs_per_s": num_steps * self._config.global_batch / duration_s,
             "train/tokens_per_s": tokens / duration_s,
-            "train/padding_share": 1 - tokens / padded,
+            "train/units": sum(report.units for report in reports) / num_steps,
+            "train/padding_share": 1 - encoded / max(padded, 1),
             "train/truncated_share": truncated / max(texts, 1),
             "train/data_wait_share": waited_s / duration_s,
             "train/memory_gib": memory_gib,

@@ -9,14 +9,13 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from largebatch.batch import RankBatch
 from largebatch.config import TrainConfig
 from largebatch.gradcache import GradCache, StepReport
 from largebatch.parallel.strategy import Strategy
-from largebatch.train.optim import learning_rate, set_learning_rate
+from largebatch.train.optim import learning_rate
 
 
 class StepResult(NamedTuple):
@@ -33,19 +32,21 @@ def train_step(
     *,
     grad_cache: GradCache,
     strategy: Strategy,
-    optimizer: torch.optim.Optimizer,
     config: TrainConfig,
 ) -> StepResult:
     """Take one optimizer step on a global batch, of which `batch` is this rank's part."""
     rate = learning_rate(
         batch.step, config.schedule, highest=config.optim.lr, max_steps=config.max_steps
     )
-    set_learning_rate(optimizer, rate)
     report = grad_cache.report(
-        batch.queries, batch.documents, batch.negatives, symmetric=batch.symmetric
+        batch.queries,
+        batch.documents,
+        batch.negatives,
+        symmetric=batch.symmetric,
+        ids=batch.ids,
     )
     grad_norm = strategy.clip_gradients(config.optim.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad()
+    strategy.step(rate)
+    strategy.zero_grad()
     grad_cache.loss.temperature.clamp_()
     return StepResult(report, grad_norm, rate)

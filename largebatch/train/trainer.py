@@ -13,20 +13,23 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
+from largebatch.batch import RankBatch, Texts
+from largebatch.budget import KeepPlan, choose_tokens_per_chunk
 from largebatch.config import TrainConfig
 from largebatch.errors import UserError
 from largebatch.gradcache import GradCache
+from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
-from largebatch.parallel.ddp import ReplicatedModel
 from largebatch.parallel.process_group import (
     choose_device,
     process_group,
     world_from_environment,
 )
+from largebatch.parallel.strategy import make_strategy
 from largebatch.train.build import build_encoder, build_loss
 from largebatch.train.checkpoint import (
     Best,
-    TrainState,
+    Tensors,
     list_checkpoints,
     load_best,
     load_optimizer,
@@ -42,7 +45,6 @@ from largebatch.train.feed import Feed
 from largebatch.train.loggers import RunLog
 from largebatch.train.memory import bound_kernel_cache
 from largebatch.train.metrics import StepMeter
-from largebatch.train.optim import make_optimizer
 from largebatch.train.plots import draw_plots
 from largebatch.train.report import print_lines, print_result
 from largebatch.train.resume import check_same_run
@@ -62,7 +64,7 @@ def train(config: TrainConfig) -> None:
     device = choose_device(config.hardware.device, world)
     bound_kernel_cache()
     torch.set_num_threads(_threads(config, world.size))
-    with process_group(world, device, timeout_s=config.strategy.timeout_s), ExitStack() as stack:
+    with process_group(world, device, config.strategy), ExitStack() as stack:
         collectives = Collectives()
         folder = Path(config.output_dir)
         collectives.on_main(lambda: _open_folder(folder, stack))
@@ -101,34 +103,42 @@ class _Run:
             shares=self.feed.schedule.shares(0),
         )
         self.encoder = encoder.to(device).train()
-        if config.hardware.precision == "bf16":
-            encoder.autocast_dtype = torch.bfloat16
         self.loss = build_loss(config).to(device)
-        self.strategy = ReplicatedModel([self.encoder, self.loss], collectives)
-        self.state = TrainState(
-            self.encoder, self.loss, make_optimizer([self.encoder, self.loss], config.optim)
+        self.strategy = make_strategy(
+            config.strategy,
+            encoder,
+            self.loss,
+            config.optim,
+            collectives,
+            device,
+            config.hardware.precision,
         )
         self.best: Best | None = None
+        self.tokens_per_chunk = (
+            config.tokens_per_chunk if isinstance(config.tokens_per_chunk, int) else None
+        )
+        self.keep_plan: KeepPlan | None = None
         self.restore()
 
         # 4. The step.
         self.grad_cache = GradCache(
             self.encoder,
             self.loss,
-            tokens_per_chunk=config.tokens_per_chunk,
+            tokens_per_chunk=self.tokens_per_chunk or 1,
             keep=config.keep,
-            gradient_pass=self.strategy.gradient_pass,
+            keep_gib=config.keep_gib,
+            strategy=self.strategy,
         )
-        self.evaluation = Evaluation(self.encoder, collectives, config.eval.batch_tokens)
+        self.grad_cache.keep_plan = self.keep_plan
+        self.evaluation = Evaluation(self.strategy, config.eval.batch_tokens)
 
     def restore(self) -> None:
         """Load the last checkpoint, or begin."""
         if self.first_step == 0:
-            self.strategy.start_equal()
             torch.manual_seed(_dropout_seed(self.config.seed, self.world.rank, 0))
             return
-        load_weights(self.checkpoints, self.first_step, self.state)
-        load_optimizer(self.checkpoints, self.first_step, self.state)
+        load_weights(self.checkpoints, self.first_step, self.strategy)
+        load_optimizer(self.checkpoints, self.first_step, self.strategy)
         details = read_details(self.checkpoints, self.first_step)
         self.feed.check_same_data(details["shards"])
         if details["world_size"] == self.world.size:
@@ -138,6 +148,13 @@ class _Run:
         else:
             torch.manual_seed(_dropout_seed(self.config.seed, self.world.rank, self.first_step))
         self.best = load_best(self.checkpoints)
+        # What was measured is used again, so that the run goes on with the same numbers.
+        engine, before = details["engine"], details["config"]
+        if self.tokens_per_chunk is None:
+            self.tokens_per_chunk = engine["tokens_per_chunk"]
+        same = all(before[name] == getattr(self.config, name) for name in ("keep", "keep_gib"))
+        if same and engine["keep_plan"] is not None:
+            self.keep_plan = KeepPlan.from_dict(engine["keep_plan"])
 
     def start(self, stack: ExitStack) -> None:
         """Train from where the run stands to its last step, then score and export the model."""
@@ -176,11 +193,13 @@ class _Run:
         for step in range(self.first_step + 1, config.max_steps + 1):
             with meter.waiting_for_data():
                 batch = next(batches)
+            if self.tokens_per_chunk is None:
+                with meter.paused():
+                    self._choose_tokens_per_chunk(batch)
             result = train_step(
                 batch,
                 grad_cache=self.grad_cache,
                 strategy=self.strategy,
-                optimizer=self.state.optimizer,
                 config=config,
             )
             meter.add(batch, result)
@@ -215,16 +234,21 @@ class _Run:
         if self.config.checkpoint.keep_best and self.best is not None:
             step = self.best.step
         if step != self.config.max_steps:
-            load_weights(self.checkpoints, step, self.state)
+            load_weights(self.checkpoints, step, self.strategy)
         scores = self._score({**self.dev_sets, **self.test_sets})
         if self.run_log is not None and self.test_sets:
             self._log(
                 self.config.max_steps,
                 {k: v for k, v in scores.items() if k.split("/")[1] in self.test_sets},
             )
-        self.collectives.on_main(lambda: self._write_results(result_file, step, scores))
+        with self.strategy.whole() as encoder:
+            self.collectives.on_main(
+                lambda: self._write_results(encoder, result_file, step, scores)
+            )
 
-    def _write_results(self, result_file: Path, step: int, scores: dict[str, float]) -> None:
+    def _write_results(
+        self, encoder: Encoder, result_file: Path, step: int, scores: dict[str, float]
+    ) -> None:
         result = {
             "max_steps": self.config.max_steps,
             "step": step,
@@ -233,7 +257,7 @@ class _Run:
         }
         aside = self.folder / "model.partial"
         shutil.rmtree(aside, ignore_errors=True)
-        self.encoder.save_pretrained(aside)
+        encoder.save_pretrained(aside)
         shutil.rmtree(self.folder / "model", ignore_errors=True)
         aside.rename(self.folder / "model")
         result_file.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -293,18 +317,20 @@ class _Run:
 
     def _save(self, step: int, elapsed_s: float) -> None:
         random_states = self.collectives.gather_objects(read_random_state(self.device))
+        tensors = Tensors.of(self.strategy)
 
         def write() -> None:
             save_checkpoint(
                 self.checkpoints,
                 step,
-                self.state,
+                tensors,
                 random_states=random_states,
                 best=self.best,
                 details={
                     "config": self.settings,
                     "elapsed_s": elapsed_s,
                     "shards": self.feed.fingerprints(),
+                    "engine": self._engine(),
                 },
             )
             remove_old(
@@ -315,6 +341,20 @@ class _Run:
 
         self.collectives.on_main(write)
 
+    def _choose_tokens_per_chunk(self, batch: RankBatch) -> None:
+        texts = Texts.concatenate([batch.queries, batch.documents, batch.negatives])
+        self.tokens_per_chunk = choose_tokens_per_chunk(self.encoder, texts, strategy=self.strategy)
+        self.grad_cache.tokens_per_chunk = self.tokens_per_chunk
+        if self.world.is_main:
+            print_lines([f"tokens_per_chunk: {self.tokens_per_chunk:,} was the fastest"])
+
+    def _engine(self) -> dict[str, Any]:
+        plan = self.grad_cache.keep_plan
+        return {
+            "tokens_per_chunk": self.grad_cache.tokens_per_chunk,
+            "keep_plan": None if plan is None else plan.to_dict(),
+        }
+
     def _log(self, step: int, values: dict[str, float]) -> None:
         if self.run_log is not None and values:
             self.run_log.log(step, values)
@@ -322,7 +362,7 @@ class _Run:
     def _plan(self) -> list[str]:
         """Tell what was derived from the config."""
         config = self.config
-        millions = sum(p.numel() for p in self.strategy.parameters) / 1e6
+        millions = self.strategy.num_parameters / 1e6
         ranks = "1 rank" if self.world.size == 1 else f"{self.world.size} ranks"
         return [
             f"{config.name}: {millions:.1f}M parameters, steps {self.first_step + 1} to "

@@ -15,8 +15,11 @@ from numerics.reference import (
 )
 
 from largebatch.batch import Texts
-from largebatch.data.chunks import pad_chunks, plan_chunks
+from largebatch.data.chunks import distinct_texts, pad_chunks
 from largebatch.gradcache import GradCache
+from largebatch.losses.infonce import ContrastiveLoss
+from largebatch.losses.temperature import Temperature
+from largebatch.model.keep import LEVELS
 from largebatch.world import part_of_rank
 
 NUM_PAIRS = 13  # not divisible by 2, 3 or 4
@@ -25,8 +28,19 @@ DOCUMENTS = random_texts(NUM_PAIRS, longest=30, seed=2)
 NEGATIVES = random_texts(7, longest=20, seed=3)
 
 
-def cached_gradient(world_size, rank, *, symmetric, budget, dtype, keep="none", split=part_of_rank):
-    encoder, loss = tiny_encoder(dtype=dtype), tiny_loss(symmetric=symmetric, dtype=dtype)
+def cached_gradient(
+    world_size,
+    rank,
+    *,
+    symmetric,
+    budget,
+    dtype,
+    keep="none",
+    packing="off",
+    split=part_of_rank,
+):
+    encoder = tiny_encoder(dtype=dtype, packing=packing)
+    loss = tiny_loss(symmetric=symmetric, dtype=dtype)
     step = GradCache(encoder, loss, tokens_per_chunk=budget, keep=keep)
     rows = split(NUM_PAIRS, rank, world_size)
     negatives = part_of_rank(len(NEGATIVES), rank, world_size)
@@ -73,11 +87,13 @@ def test_equals_full_batch(world_size, budget, symmetric, dtype, tolerance):
             assert num_chunks == 1
 
 
+@pytest.mark.parametrize("packing", ["off", "on"])
+@pytest.mark.parametrize("keep", LEVELS)
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_keeping_graphs_gives_the_same(world_size):
+def test_what_is_kept_and_packed_changes_nothing(world_size, keep, packing):
     _, expected = expected_gradient(True)
     for _, _, found, _ in run(
-        world_size, symmetric=True, budget=40, dtype=torch.float64, keep="all"
+        world_size, symmetric=True, budget=40, dtype=torch.float64, keep=keep, packing=packing
     ):
         assert relative_error(found, expected) < 1e-6
 
@@ -94,6 +110,57 @@ def test_a_rank_without_rows(symmetric):
         3, symmetric=symmetric, budget=40, dtype=torch.float64, split=all_but_rank_1
     ):
         assert relative_error(found, expected) < 1e-6
+
+
+def repeated_texts():
+    """Return pairs of which many texts occur twice, and one query equals its own document."""
+    queries = [*QUERIES, *QUERIES[:4], DOCUMENTS[2], [7, 8, 9]]
+    documents = [*DOCUMENTS, *DOCUMENTS[:3], DOCUMENTS[5], QUERIES[1], [7, 8, 9]]
+    return queries, documents, [*NEGATIVES, DOCUMENTS[0], NEGATIVES[0]]
+
+
+@pytest.mark.parametrize("packing", ["off", "on"])
+@pytest.mark.parametrize("keep", ["none", "layers", "all"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_identical_texts_are_encoded_once(world_size, keep, packing):
+    sides = repeated_texts()
+
+    def on_rank():
+        rank = torch.distributed.get_rank() if world_size > 1 else 0
+        encoder, loss = tiny_encoder(packing=packing), unmasked_loss()
+        step = GradCache(encoder, loss, tokens_per_chunk=40, keep=keep)
+        parts = [[side[i] for i in part_of_rank(len(side), rank, world_size)] for side in sides]
+        report = step.report(*parts)
+        texts = [tuple(text) for part in parts for text in part]
+        own = {tuple(q) for q, d in zip(*parts[:2], strict=True) if q == d}
+        assert report.num_tokens == sum(map(len, texts))
+        assert report.num_encoded_tokens == sum(map(len, set(texts))) + sum(map(len, own))
+        assert report.num_padded_tokens >= report.num_encoded_tokens
+        return gradients(encoder, loss), report.num_tokens - report.num_encoded_tokens
+
+    results = [on_rank()] if world_size == 1 else run_ranks(on_rank, world_size)
+    # The reference embeds every text by itself, however often it occurs.
+    _, expected = full_batch_gradient(tiny_encoder(), unmasked_loss(), *sides)
+    for found, _ in results:
+        assert relative_error(found, expected) < 1e-6
+    assert sum(saved for _, saved in results) > 0
+
+
+def test_a_query_that_equals_its_document_has_a_forward_pass_of_its_own():
+    """As in SimCSE: two dropout masks of the same text, of which every pair is made."""
+    encoder, loss = tiny_encoder(dropout=0.3), tiny_loss(symmetric=False)
+    texts = DOCUMENTS[:8]
+    report = GradCache(encoder, loss, tokens_per_chunk=40).report(texts, texts)
+    assert report.num_encoded_tokens == report.num_tokens == 2 * sum(map(len, texts))
+    # Were the two one embedding, each query would find its document at a cosine of 1.
+    alike = GradCache(encoder.eval(), loss, tokens_per_chunk=40).report(texts, texts)
+    assert float(report.loss) > float(alike.loss) + 0.1
+
+
+def unmasked_loss():
+    """Return a loss that keeps false negatives, as the plain reference does."""
+    temperature = Temperature(0.2, learned=True)
+    return ContrastiveLoss(temperature, symmetric=True, mask_duplicates=False).double()
 
 
 def test_gradients_add_up_over_calls():
@@ -113,38 +180,51 @@ def test_gradients_add_up_over_calls():
         assert relative_error(found, doubled) < 1e-6
 
 
-def dropout_step(world_size, symmetric):
+def dropout_step(world_size, symmetric, options):
     """Return the cached gradient with dropout, and all that a single graph needs to repeat it."""
     rank = torch.distributed.get_rank() if world_size > 1 else 0
-    encoder, loss = tiny_encoder(dropout=0.3), tiny_loss(symmetric=symmetric)
+    options = {"packing": "off", **options}
+    encoder = tiny_encoder(dropout=0.3, packing=options.pop("packing"))
+    loss = tiny_loss(symmetric=symmetric)
     rows = part_of_rank(NUM_PAIRS, rank, world_size)
     torch.manual_seed(100 + rank)
     state = torch.get_rng_state()
-    GradCache(encoder, loss, tokens_per_chunk=40)(
+    GradCache(encoder, loss, tokens_per_chunk=60, **options)(
         [QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows]
     )
     return gradients(encoder, loss), state.numpy(), torch.get_rng_state().numpy()
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_dropout_equals_one_graph_over_the_same_chunks_and_states(world_size, symmetric):
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"keep": keep, "packing": packing} for keep in LEVELS for packing in ("off", "on")),
+        {"keep": "auto", "keep_gib": 2e-4},
+        {"keep": "products", "keep_gib": 2e-4, "packing": "on"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("world_size", "symmetric"), [(1, True), (2, False), (3, True)])
+def test_dropout_equals_one_graph_over_the_same_chunks_and_states(world_size, symmetric, options):
     if world_size == 1:
-        results = [dropout_step(1, symmetric)]
+        results = [dropout_step(1, symmetric, options)]
     else:
-        results = run_ranks(dropout_step, world_size, world_size, symmetric)
-    encoder, loss = tiny_encoder(dropout=0.3), tiny_loss(symmetric=symmetric)
+        results = run_ranks(dropout_step, world_size, world_size, symmetric, options)
+    encoder = tiny_encoder(dropout=0.3, packing=options.get("packing", "off"))
+    loss = tiny_loss(symmetric=symmetric)
     queries, documents = [], []
     for rank, (_, state, after) in enumerate(results):
         rows = part_of_rank(NUM_PAIRS, rank, world_size)
         texts = Texts.from_lists([QUERIES[i] for i in rows] + [DOCUMENTS[i] for i in rows])
-        plan = plan_chunks(texts.lengths, 40)
-        chunks = pad_chunks(texts, plan, pad_id=encoder.pad_id, device=encoder.device)
+        distinct = distinct_texts(texts, len(rows))
+        plan, chunks = encoder.make_chunks(distinct.texts, 60)
+        assert (chunks[0].packing is not None) == (options.get("packing") == "on")
         torch.set_rng_state(torch.from_numpy(state))
         embeddings = torch.cat([encoder(chunk) for chunk in chunks])
         # The generator goes on from where the first pass left it, as without a cache.
         np.testing.assert_array_equal(torch.get_rng_state().numpy(), after)
         embeddings = embeddings[torch.from_numpy(np.argsort(np.concatenate(plan)))]
+        embeddings = embeddings[torch.from_numpy(distinct.places)]
         queries.append(embeddings[: len(rows)])
         documents.append(embeddings[len(rows) :])
     plain_infonce(
@@ -153,8 +233,8 @@ def test_dropout_equals_one_graph_over_the_same_chunks_and_states(world_size, sy
     expected = gradients(encoder, loss)
     for found, _, _ in results:
         assert relative_error(found, expected) < 1e-6
-    without_dropout, _ = expected_gradient(symmetric), None
-    assert relative_error(results[0][0], without_dropout[1]) > 0.1  # dropout was on
+    _, without_dropout = expected_gradient(symmetric)
+    assert relative_error(results[0][0], without_dropout) > 0.1  # dropout was on
 
 
 def test_accuracy_and_loss_are_those_of_the_global_batch():

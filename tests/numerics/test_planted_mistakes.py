@@ -1,7 +1,9 @@
 """Mistakes that distributed trainers make must turn the comparison of test_gradient.py red."""
 
 from contextlib import contextmanager
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from dist import run_ranks
@@ -14,8 +16,14 @@ from numerics.reference import (
     tiny_loss,
 )
 
+import largebatch.gradcache
+import largebatch.model.encoder as encoder_module
+import largebatch.model.keep as keep_module
 import largebatch.objective
+from largebatch.batch import Run, Texts
+from largebatch.data.chunks import DistinctTexts, distinct_texts
 from largebatch.gradcache import GradCache, RandomState
+from largebatch.model import attention
 from largebatch.parallel import collectives, ddp
 from largebatch.world import part_of_rank
 
@@ -28,8 +36,8 @@ def lose_world_size_factor():
     """The loss is divided by all rows, and then averaged over ranks once more."""
     plain = largebatch.objective.ContrastiveObjective.__call__
 
-    def call(self, *embeddings):
-        value = plain(self, *embeddings)
+    def call(self, *embeddings, **options):
+        value = plain(self, *embeddings, **options)
         return value._replace(rank_loss=value.rank_loss / self.collectives.world.size)
 
     largebatch.objective.ContrastiveObjective.__call__ = call
@@ -48,8 +56,8 @@ def average_over_unequal_parts():
     """Each rank takes the mean over its own rows, however many they are."""
     plain = largebatch.objective.ContrastiveObjective.__call__
 
-    def call(self, queries, documents, negatives):
-        value = plain(self, queries, documents, negatives)
+    def call(self, queries, documents, negatives, **options):
+        value = plain(self, queries, documents, negatives, **options)
         right = NUM_PAIRS / self.collectives.world.size
         return value._replace(rank_loss=value.rank_loss * right / len(queries))
 
@@ -116,4 +124,86 @@ def test_a_skipped_restore_of_the_random_state_is_seen(monkeypatch):
         yield
 
     monkeypatch.setattr(RandomState, "replayed", not_replayed)
+    assert relative_error(cached(), right) > 1e-3
+
+
+def positions_that_go_on(monkeypatch):
+    """A packed text's positions are counted from the beginning of the row."""
+
+    def run(backbone, input_ids, packing, **options):
+        going_on = torch.arange(input_ids.numel())[None] % 48
+        return run_packed(backbone, input_ids, packing._replace(position_ids=going_on), **options)
+
+    run_packed = encoder_module.run_packed
+    monkeypatch.setattr(encoder_module, "run_packed", run)
+
+
+def texts_that_see_each_other(monkeypatch):
+    """Attention in a packed row knows no boundaries."""
+
+    def attend(*arguments, packing=None, **options):
+        whole = packing._replace(runs=(Run(1, packing.position_ids.numel()),))
+        return packed_attention(*arguments, packing=whole, **options)
+
+    packed_attention = attention.packed_attention
+    monkeypatch.setattr(attention, "packed_attention", attend)
+
+
+def texts_merged_by_their_length(monkeypatch):
+    """Texts count as identical if only their lengths are."""
+
+    def merge(texts, num_pairs):
+        zeros = Texts(np.zeros_like(texts.tokens), texts.lengths)
+        found = distinct_texts(zeros, num_pairs)
+        _, first = np.unique(found.places, return_index=True)
+        starts = np.cumsum(texts.lengths) - texts.lengths
+        kept = [texts.tokens[starts[i] :][: texts.lengths[i]].tolist() for i in first]
+        return DistinctTexts(Texts.from_lists(kept), found.places)
+
+    monkeypatch.setattr(largebatch.gradcache, "distinct_texts", merge)
+
+
+def only_the_first_kept_chunk(monkeypatch):
+    """The backward pass of what was kept stops after the first chunk."""
+
+    def push(embeddings, gradients, *, last):
+        backward(embeddings[:1], gradients[:1], last=last)
+
+    backward = largebatch.gradcache.backward_locally
+    monkeypatch.setattr(largebatch.gradcache, "backward_locally", push)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda _: None,
+        positions_that_go_on,
+        texts_that_see_each_other,
+        texts_merged_by_their_length,
+        only_the_first_kept_chunk,
+    ],
+)
+def test_mistakes_in_chunks_are_seen(monkeypatch, plant):
+    encoder, loss = tiny_encoder(packing="on"), tiny_loss(symmetric=True)
+    expected = full_batch_gradient(
+        tiny_encoder(packing="off"), tiny_loss(symmetric=True), QUERIES, DOCUMENTS
+    )[1]
+    plant(monkeypatch)
+    GradCache(encoder, loss, tokens_per_chunk=60, keep="products")(QUERIES, DOCUMENTS)
+    is_wrong = plant.__name__ != "<lambda>"
+    assert (relative_error(gradients(encoder, loss), expected) > 1e-3) == is_wrong
+
+
+@pytest.mark.parametrize("keep", ["layers", "products"])
+def test_dropout_drawn_anew_while_recomputing_is_seen(monkeypatch, keep):
+    def cached():
+        encoder, loss = tiny_encoder(dropout=0.3), tiny_loss(symmetric=False)
+        torch.manual_seed(1)
+        GradCache(encoder, loss, tokens_per_chunk=40, keep=keep)(QUERIES, DOCUMENTS)
+        return gradients(encoder, loss)
+
+    right = cached()
+    assert relative_error(cached(), right) < 1e-12
+    plain = keep_module.checkpoint
+    monkeypatch.setattr(keep_module, "checkpoint", partial(plain, preserve_rng_state=False))
     assert relative_error(cached(), right) > 1e-3

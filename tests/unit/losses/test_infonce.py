@@ -73,27 +73,24 @@ def test_gradcheck(symmetric):
     )
 
 
-def combine_by_hand(parts):
-    """Return each rank's `combine_columns`, which all give the log-sum-exp over the ranks."""
-    collected = {}
+def combine_by_hand(parts, **options):
+    """Return the ranks' `combine`, which gives all of them what it must: the first time round,
+    each rank's statistics are noted only."""
+    collected = []
 
-    def first_look(rank):
-        def note(columns):
-            collected[rank] = columns.clone()
-            return columns
+    def note(*statistics):
+        collected.append([t.clone() for t in statistics])
+        return statistics
 
-        return note
-
-    for rank, (queries, documents, positives, scale) in enumerate(parts):
-        info_nce(
-            queries, documents, positives, scale, symmetric=True, combine_columns=first_look(rank)
-        )
-    total = torch.logsumexp(torch.stack(list(collected.values())), 0)
-    return lambda columns: total.expand_as(columns)
+    for part in parts:
+        info_nce(*part, **options, combine=note)
+    logsumexps, highest, sums = (torch.stack(ranks) for ranks in zip(*collected, strict=True))
+    combined = logsumexps.logsumexp(0), highest.amax(0), sums.sum(0)
+    return lambda *_: tuple(t.clone() for t in combined)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("size", [2, 3, 4, 9])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
 def test_rows_split_over_ranks(size, symmetric):
     queries, documents, positives, scale = inputs(7, 12)
     expected = value_and_gradients(plain, queries, documents, positives, scale, symmetric=symmetric)
@@ -101,21 +98,46 @@ def test_rows_split_over_ranks(size, symmetric):
     parts = [
         (queries[r.start : r.stop], documents, positives[r.start : r.stop], scale) for r in rows
     ]
-    found = [
-        value_and_gradients(
-            info_nce,
-            *part,
-            symmetric=symmetric,
-            combine_columns=combine_by_hand(parts) if symmetric else None,
-            tile=4,
-        )
-        for part in parts
-    ]
+    combine = combine_by_hand(parts, symmetric=symmetric, tile=4)
+    options = {"symmetric": symmetric, "combine": combine, "tile": 4}
+    found = [value_and_gradients(info_nce, *part, **options) for part in parts]
     losses, grad_queries, grad_documents, grad_scale = zip(*found, strict=True)
     torch.testing.assert_close(sum(losses), expected[0])
     torch.testing.assert_close(torch.cat(grad_queries), expected[1])
     torch.testing.assert_close(sum(grad_documents), expected[2])
     torch.testing.assert_close(sum(grad_scale), expected[3])
+
+    correct = int((queries @ documents.T).argmax(1).eq(positives).sum())
+    for part in parts:
+        totals = info_nce(*part, **options).totals
+        torch.testing.assert_close(totals[0], expected[0])
+        assert totals[1] == correct
+    assert 0 < correct < 7
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_converted_tile_by_tile(dtype, symmetric):
+    queries, documents, positives, scale = inputs(30, 50, d=8)
+    given = (queries.to(dtype), documents.to(dtype), positives, scale.float())
+    exact = [t.double() if t.is_floating_point() else t for t in given]
+    expected = value_and_gradients(plain, *exact, symmetric=symmetric)
+    found = value_and_gradients(info_nce, *given, symmetric=symmetric, tile=7)
+    assert [t.dtype for t in found] == [torch.float32, dtype, dtype, torch.float32]
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[3].double(), expected[3], rtol=1e-5, atol=0)
+    for gradient, reference in zip(found[1:3], expected[1:3], strict=True):
+        # Rounded once, at the end: to within half a unit in the last place, and no more.
+        half_a_unit = torch.finfo(dtype).eps / 2
+        torch.testing.assert_close(gradient.double(), reference, rtol=1.01 * half_a_unit, atol=1e-6)
+
+
+def test_a_fixed_temperature_costs_no_gradient_and_changes_none():
+    given = inputs(7, 12)
+    expected = value_and_gradients(info_nce, *given, symmetric=True, tile=4)
+    leaves = [t.clone().requires_grad_() for t in given[:2]]
+    (3 * info_nce(*leaves, *given[2:], symmetric=True, tile=4).loss_sum).backward()
+    torch.testing.assert_close([leaf.grad for leaf in leaves], expected[1:3], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

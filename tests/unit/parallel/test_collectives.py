@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from collective_counts import counted
 from dist import run_ranks
 
 from largebatch.errors import UserError
@@ -42,28 +43,62 @@ def test_gather_rows_and_its_gradient(counts):
         np.testing.assert_array_equal(grad, np.broadcast_to(own, (counts[rank], WIDTH)))
 
 
-def logsumexp(values):
+def combine(values):
     collectives = Collectives()
     own = torch.tensor(values[collectives.world.rank], dtype=torch.float64)
     before = own.clone()
-    out = collectives.combine_logsumexp(own)
+    sums = torch.tensor([1.0, 10.0], dtype=torch.float64) * (collectives.world.rank + 1)
+    out = collectives.combine(own, own, sums)
     torch.testing.assert_close(own, before, rtol=0, atol=0, equal_nan=True)
     return out
 
 
-def test_combine_logsumexp():
+def test_combine():
     inf = float("inf")
     # Large numbers, a column that one rank has no row for, and one that no rank has.
     values = [[1.0, 2000.0, -inf, -inf], [2.0, 1999.0, 5.0, -inf], [0.0, -3.0, -inf, -inf]]
-    expected = torch.tensor(values, dtype=torch.float64).logsumexp(0).numpy()
-    for found in run_ranks(logsumexp, 3, values):
-        np.testing.assert_allclose(found, expected, rtol=1e-15)
-        assert found[3] == -inf
+    expected = torch.tensor(values, dtype=torch.float64)
+    for logsumexps, highest, sums in run_ranks(combine, 3, values):
+        np.testing.assert_allclose(logsumexps, expected.logsumexp(0).numpy(), rtol=1e-15)
+        assert logsumexps[3] == -inf
+        np.testing.assert_array_equal(highest, expected.amax(0).numpy())
+        assert sums.tolist() == [6, 60]
+
+
+def test_combine_sums_only():
+    for logsumexps, highest, sums in run_ranks(combine, 2, [[], []]):
+        assert len(logsumexps) == len(highest) == 0
+        assert sums.tolist() == [3, 30]
 
 
 def test_what_is_not_finite_stays_so():
-    found = run_ranks(logsumexp, 2, [[float("nan")], [1.0]])
-    assert all(np.isnan(value).all() for value in found)
+    found = run_ranks(combine, 2, [[float("nan")], [1.0]])
+    assert all(np.isnan(logsumexps).all() for logsumexps, _, _ in found)
+
+
+def gather_ragged(steps):
+    """Gather several times; return what came back and how many all-gathers each took."""
+    collectives = Collectives()
+    rank = collectives.world.rank
+    results = []
+    for numbers in steps:
+        values = torch.arange(numbers[rank]) + (1 << 62) + 1000 * rank
+        with counted() as calls:
+            parts = collectives.gather_ragged(values, device=torch.device("cpu"))
+        results.append(([part.tolist() for part in parts], len(calls)))
+    return results
+
+
+def test_gather_ragged_takes_a_second_round_only_where_there_is_more_than_ever():
+    steps = [[2, 0, 1], [2, 5, 3], [8, 1, 0], [9, 9, 9], [3, 16, 2], [0, 0, 0]]
+    for found in run_ranks(gather_ragged, 3, steps):
+        for (parts, _), numbers in zip(found, steps, strict=True):
+            assert parts == [
+                [(1 << 62) + 1000 * rank + k for k in range(number)]
+                for rank, number in enumerate(numbers)
+            ]
+        # Room for 2, then for 8, then for 16.
+        assert [calls for _, calls in found] == [1, 2, 1, 2, 1, 1]
 
 
 def small_ones():
@@ -75,7 +110,6 @@ def small_ones():
     collectives.barrier()
     return (
         collectives.world,
-        collectives.gather_counts(numbers).tolist(),
         collectives.sum(numbers).tolist(),
         collectives.max(numbers).tolist(),
         numbers.tolist(),
@@ -89,7 +123,6 @@ def test_small_ones_on_three_ranks():
     for rank, found in enumerate(run_ranks(small_ones, 3)):
         assert found == (
             World(rank=rank, size=3),
-            [[0, 0], [1, 10], [2, 20]],
             [3, 30],
             [2, 20],
             [rank, 10 * rank],  # what was given is left as it was
@@ -102,11 +135,13 @@ def test_small_ones_on_three_ranks():
 def test_identity_without_a_process_group():
     world, *rest = small_ones()
     assert world == World()
-    assert rest == [[[0, 0]], [0, 0], [0, 0], [0, 0], 7.0, [{"rank": 0}], "from 0"]
+    assert rest == [[0, 0], [0, 0], [0, 0], 7.0, [{"rank": 0}], "from 0"]
     rows = torch.ones(2, 3, requires_grad=True)
     collectives = Collectives()
     assert collectives.gather_rows(rows, [2]).rows is rows
-    assert collectives.combine_logsumexp(rows) is rows
+    assert collectives.combine(rows, rows, rows) == (rows, rows, rows)
+    (values,) = collectives.gather_ragged(rows, device=torch.device("cpu"))
+    assert values is rows
 
 
 def fail_on_main():

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from dist import run_ranks
 
+from largebatch.config import StrategyConfig
 from largebatch.errors import UserError
 from largebatch.parallel.process_group import choose_device, process_group, world_from_environment
 from largebatch.world import World
@@ -59,7 +60,7 @@ def test_more_ranks_than_gpus(monkeypatch):
 
 def connect():
     world = world_from_environment()
-    with process_group(world, torch.device("cpu"), timeout_s=30):
+    with process_group(world, torch.device("cpu"), StrategyConfig(timeout_s=30)):
         total = torch.tensor([float(world.rank + 1)])
         dist.all_reduce(total)
         inside = dist.is_initialized(), dist.get_backend()
@@ -71,13 +72,22 @@ def test_connects_ranks_and_takes_the_group_down():
 
 
 def test_one_process_needs_no_group():
-    with process_group(World(), torch.device("cpu"), timeout_s=1):
+    with process_group(World(), torch.device("cpu"), StrategyConfig()):
         assert not dist.is_initialized()
+
+
+def test_a_group_of_one_for_strategies_that_need_it():
+    with process_group(World(), torch.device("cpu"), StrategyConfig(name="fsdp")):
+        assert dist.get_world_size() == 1
+        total = torch.tensor([2.0])
+        dist.all_reduce(total)
+        assert total.tolist() == [2.0]
+    assert not dist.is_initialized()
 
 
 def fail_alone():
     world = world_from_environment()
-    with process_group(world, torch.device("cpu"), timeout_s=20):
+    with process_group(world, torch.device("cpu"), StrategyConfig(timeout_s=20)):
         if world.rank == 1:
             raise UserError("rank 1 fails")
         dist.barrier()

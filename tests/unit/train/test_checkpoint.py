@@ -11,10 +11,12 @@ from largebatch.config import OptimConfig
 from largebatch.errors import UserError
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.temperature import Temperature
+from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.ddp import ReplicatedModel
 from largebatch.train import checkpoint
 from largebatch.train.checkpoint import (
     Best,
-    TrainState,
+    Tensors,
     checkpoint_path,
     list_checkpoints,
     load_best,
@@ -27,7 +29,6 @@ from largebatch.train.checkpoint import (
     remove_old,
     save_checkpoint,
 )
-from largebatch.train.optim import make_optimizer
 
 CPU = torch.device("cpu")
 
@@ -45,16 +46,24 @@ class Tied(torch.nn.Module):
         self.register_buffer("count", torch.tensor(7))
 
 
+def make_strategy(encoder, loss):
+    return ReplicatedModel(encoder, loss, OptimConfig(), Collectives())
+
+
+def take_step(strategy):
+    encoder = strategy.encoder
+    value = encoder.out(encoder.embed.weight).sum() + (encoder.turned**2).sum()
+    (value * strategy.loss.temperature()).backward()
+    strategy.step(2e-4)
+    strategy.zero_grad()
+
+
 def make_state(seed, *, width=4, steps=0):
+    """Return a strategy whose model has taken some steps."""
     torch.manual_seed(seed)
-    encoder = Tied(width)
-    loss = ContrastiveLoss(Temperature(0.1, learned=True))
-    state = TrainState(encoder, loss, make_optimizer([encoder, loss], OptimConfig()))
+    state = make_strategy(Tied(width), ContrastiveLoss(Temperature(0.1, learned=True)))
     for _ in range(steps):
-        value = encoder.out(encoder.embed.weight).sum() + (encoder.turned**2).sum()
-        (value * loss.temperature()).backward()
-        state.optimizer.step()
-        state.optimizer.zero_grad()
+        take_step(state)
     return state
 
 
@@ -62,7 +71,7 @@ def save(folder, step, state, *, best=None, **details):
     save_checkpoint(
         folder,
         step,
-        state,
+        Tensors.of(state),
         random_states=[read_random_state(CPU)],
         best=best,
         details={"config": {}, **details},
@@ -71,13 +80,9 @@ def save(folder, step, state, *, best=None, **details):
 
 def tensors(state):
     """Return every tensor of a state by name."""
-    found = {
-        f"{prefix}.{name}": tensor
-        for prefix, module in state.modules().items()
-        for name, tensor in module.state_dict().items()
+    found = state.weights() | {
+        f"optimizer.{name}": tensor for name, tensor in state.optimizer_state().items()
     }
-    for number, entries in state.optimizer.state_dict()["state"].items():
-        found |= {f"optimizer.{number}.{name}": value for name, value in entries.items()}
     return {name: tensor.clone() for name, tensor in found.items()}
 
 
@@ -106,10 +111,7 @@ def test_optimizer_goes_on_as_if_never_stopped(tmp_path):
     load_weights(tmp_path, 3, resumed)
     load_optimizer(tmp_path, 3, resumed)
     straight = make_state(0, steps=4)
-    value = resumed.encoder.out(resumed.encoder.embed.weight).sum()
-    value = value + (resumed.encoder.turned**2).sum()
-    (value * resumed.loss.temperature()).backward()
-    resumed.optimizer.step()
+    take_step(resumed)
     assert_equal(tensors(resumed), tensors(straight))
 
 
@@ -140,7 +142,12 @@ def test_random_state_of_each_rank(tmp_path):
         states.append(read_random_state(CPU))
         expected.append(torch.rand(3))
     save_checkpoint(
-        tmp_path, 1, make_state(0), random_states=states, best=None, details={"config": {}}
+        tmp_path,
+        1,
+        Tensors.of(make_state(0)),
+        random_states=states,
+        best=None,
+        details={"config": {}},
     )
     for rank in (1, 0):
         load_random_state(tmp_path, 1, rank=rank, device=CPU)
@@ -234,12 +241,10 @@ def test_another_model(tmp_path):
     with pytest.raises(UserError, match=r"is of another model: .*size mismatch") as caught:
         load_weights(tmp_path, 1, wider)
     assert "\n" not in str(caught.value)
-    smaller = torch.nn.Linear(2, 2)
-    loss = ContrastiveLoss()
-    for state in (
-        wider,
-        TrainState(smaller, loss, make_optimizer([smaller, loss], OptimConfig())),
-    ):
+    smaller = make_strategy(torch.nn.Linear(2, 2), ContrastiveLoss())
+    with pytest.raises(UserError, match=r"is missing; .* is unknown; .* and \d more"):
+        load_weights(tmp_path, 1, smaller)
+    for state in (wider, smaller):
         with pytest.raises(UserError, match="is of another model"):
             load_optimizer(tmp_path, 1, state)
 

@@ -14,7 +14,6 @@ from largebatch.gradcache import GradCache
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import ReplicatedModel
 from largebatch.train.metrics import StepMeter
-from largebatch.train.optim import make_optimizer
 from largebatch.train.step import train_step
 from largebatch.world import part_of_rank
 
@@ -34,13 +33,12 @@ class Parts:
         self.encoder = tiny_encoder(dtype=torch.float32)
         self.loss = tiny_loss(symmetric=False, dtype=torch.float32)
         self.collectives = Collectives()
-        self.strategy = ReplicatedModel([self.encoder, self.loss], self.collectives)
-        self.optimizer = make_optimizer([self.encoder, self.loss], CONFIG.optim)
+        self.strategy = ReplicatedModel(self.encoder, self.loss, CONFIG.optim, self.collectives)
         self.grad_cache = GradCache(
             self.encoder,
             self.loss,
             tokens_per_chunk=CONFIG.tokens_per_chunk,
-            gradient_pass=self.strategy.gradient_pass,
+            strategy=self.strategy,
         )
         self.meter = StepMeter(CPU, self.collectives, CONFIG, 100.0)
 
@@ -62,7 +60,6 @@ class Parts:
             batch,
             grad_cache=self.grad_cache,
             strategy=self.strategy,
-            optimizer=self.optimizer,
             config=CONFIG,
         )
         self.meter.add(batch, result)

@@ -1,0 +1,132 @@
+"""False negatives: columns that a query must not be contrasted with, found by hashes of texts.
+
+A batch says of each of its pairs that the document answers the query. What it says holds wherever
+the two texts stand in it. So a column is no negative of a query if its text is
+
+- the document of the query, or of any query with the same text or from the same record, or
+- the query's own text.
+
+The slow version, for query i and column j (which is not i's own document):
+
+    known = {(query, document) for every pair} | {(query, query) for every pair}
+          | {(id, document) for every pair}
+    masked = (query_i, text_j) in known or (id_i, text_j) in known
+
+This says nothing of direction: a query is no negative of a document if the document is none of it.
+
+Few texts of a batch occur twice, so only rows and columns that could be part of such a pair are
+looked at. The worst batch, of one text only, costs a binary search per logit, tile by tile, and
+memory that grows with rows and columns and not with their product.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PairHashes(NamedTuple):
+    """64-bit hashes of the texts of some rows, int64, equal where texts are equal."""
+
+    queries: Tensor
+    """`[b]`"""
+    documents: Tensor
+    """`[b]`, each of the query's document."""
+    negatives: Tensor
+    """`[n]`"""
+    ids: Tensor | None = None
+    """`[b]`, hashes of the records' ids; None: nobody knows them."""
+
+
+class FalseNegatives:
+    """Which columns are no negatives of which of this rank's rows.
+
+    Args:
+        of_ranks: Hashes of every rank's rows, in rank order; columns are each rank's documents and
+            then its negatives.
+        rank: Whose rows are asked for.
+        device: Where the logits are.
+    """
+
+    def __init__(self, of_ranks: list[PairHashes], *, rank: int, device: torch.device) -> None:
+        b = len(of_ranks[rank].queries)
+        first_row = sum(len(hashes.queries) for hashes in of_ranks[:rank])
+        own_rows = slice(first_row, first_row + b)
+        queries_B = torch.cat([hashes.queries for hashes in of_ranks])
+        documents_B = torch.cat([hashes.documents for hashes in of_ranks])
+        columns_m = torch.cat(
+            [h for hashes in of_ranks for h in (hashes.documents, hashes.negatives)]
+        )
+        first_column = sum(len(h.documents) + len(h.negatives) for h in of_ranks[:rank])
+
+        # Number the different texts; what is known of a query goes by its text's number and by a
+        # further number for its record. A pair (label, text) is then one integer.
+        texts, numbers = torch.unique(
+            torch.cat([queries_B, documents_B, columns_m]), return_inverse=True
+        )
+        num_texts = num_labels = max(len(texts), 1)
+        queries_B, documents_B, columns_m = numbers.split(
+            [len(queries_B), len(documents_B), len(columns_m)]
+        )
+        labels_kB = [queries_B]
+        known = [queries_B * num_texts + documents_B, queries_B * num_texts + queries_B]
+        if all(hashes.ids is not None for hashes in of_ranks):
+            ids = torch.cat([hashes.ids for hashes in of_ranks if hashes.ids is not None])
+            names, ids_B = torch.unique(ids, return_inverse=True)
+            labels_kB.append(ids_B + num_texts)
+            known.append(labels_kB[1] * num_texts + documents_B)
+            num_labels += len(names)
+        known_p = torch.unique(torch.cat(known))
+        label_p, text_p = known_p // num_texts, known_p % num_texts
+
+        # A label is of interest if this rank has it and it knows a column besides a row's own.
+        columns_of_text = torch.bincount(columns_m, minlength=num_texts)
+        columns_of_label = torch.zeros(num_labels, dtype=torch.int64)
+        columns_of_label.index_add_(0, label_p, columns_of_text[text_p])
+        labels_kb = torch.stack([labels_B[own_rows] for labels_B in labels_kB])
+        wanted = torch.zeros(num_labels, dtype=torch.bool)
+        wanted[labels_kb] = columns_of_label[labels_kb] > 1
+        wanted_p = wanted[label_p]
+        wanted_text = torch.zeros(num_texts, dtype=torch.bool)
+        wanted_text[text_p[wanted_p]] = True
+
+        rows = wanted[labels_kb].any(0).nonzero().squeeze(1)
+        columns = wanted_text[columns_m].nonzero().squeeze(1)
+        # Where a tile begins and ends among them is looked up on the host: nothing waits.
+        self._row_numbers, self._column_numbers = rows.numpy(), columns.numpy()
+        self._rows = rows.to(device)
+        self._columns = columns.to(device)
+        self._own_columns = (rows + first_column).to(device)
+        self._row_keys_kr = (labels_kb[:, rows] * num_texts).to(device)
+        self._texts_c = columns_m[columns].to(device)
+        self._known_p = known_p[wanted_p].to(device)
+
+    def in_tile(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return the part of a tile that may be masked, and its mask; None: nothing is masked.
+
+        Rows `[r, 1]` and columns `[c]` are counted from the tile's corner; the mask is `[r, c]`.
+        """
+        first_row, last_row = self._row_numbers.searchsorted([rows.start, rows.stop])
+        first, last = self._column_numbers.searchsorted([columns.start, columns.stop])
+        if first_row == last_row or first == last:
+            return None
+        chosen_r, chosen_c = slice(first_row, last_row), slice(first, last)
+        texts_c, columns_c = self._texts_c[chosen_c], self._columns[chosen_c]
+        mask_rc = torch.zeros(
+            last_row - first_row, last - first, dtype=torch.bool, device=texts_c.device
+        )
+        for keys_r in self._row_keys_kr[:, chosen_r]:
+            keys_rc = keys_r[:, None] + texts_c
+            places_rc = torch.searchsorted(self._known_p, keys_rc, out_int32=True)
+            places_rc.clamp_(max=len(self._known_p) - 1)
+            mask_rc |= self._known_p[places_rc] == keys_rc
+        mask_rc &= columns_c != self._own_columns[chosen_r, None]
+        return self._rows[chosen_r, None] - rows.start, columns_c - columns.start, mask_rc
+
+    def fill_(self, tile_rc: Tensor, rows: slice, columns: slice, value: float) -> None:
+        """Overwrite what is masked in a tile."""
+        part = self.in_tile(rows, columns)
+        if part is not None:
+            row_index, column_index, mask = part
+            chosen = tile_rc[row_index, column_index]
+            tile_rc[row_index, column_index] = chosen.masked_fill_(mask, value)

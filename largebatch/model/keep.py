@@ -1,0 +1,244 @@
+"""What a chunk's forward pass keeps for its backward pass: a scale from nothing to everything.
+
+| level | what is kept | what is computed again | units |
+|---|---|---|---|
+| none | nothing | the forward pass | 4 |
+| layers | each layer's products that take in more than they give out | the rest | about 3.67 |
+| products | outputs of all matrix products and of attention | elementwise operations | 3 |
+| all | all that autograd saves | nothing | 3 |
+
+A unit is the work of a forward pass; a backward pass is two. A product saves as many
+multiplications for each number kept as it takes in: most in the second product of a feed-forward.
+`layers` and `products` run the whole encoder under torch's checkpointing, which replays the random
+state, so that dropout is exact; what is kept is not computed again.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from largebatch.batch import Chunk
+
+LEVELS = ("none", "layers", "products", "all")
+"""From the least memory to the most."""
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
+_ATTENTIONS = {
+    # Attention, and which argument is its share of dropout.
+    _aten._scaled_dot_product_flash_attention_for_cpu.default: 3,
+    _aten._scaled_dot_product_flash_attention.default: 3,
+    _aten._scaled_dot_product_efficient_attention.default: 5,
+    _aten._scaled_dot_product_cudnn_attention.default: 5,
+}
+_VARLEN_ATTENTION = "torch_attn::_varlen_attn"
+"""Registered only when torch.nn.attention.varlen is imported; it has no dropout."""
+
+
+class LevelCost(NamedTuple):
+    """What a level costs, as measured on a chunk."""
+
+    bytes_per_token: float
+    """Memory that is held from the forward to the backward pass."""
+    recomputed: float
+    """Share of the forward pass's multiplications that the backward pass repeats."""
+
+
+def embed_keeping(forward: Callable[[Chunk], Tensor], chunk: Chunk, level: str) -> Tensor:
+    """Return the embeddings of a chunk, with a graph unless the level is none.
+
+    Args:
+        forward: The encoder, or what a strategy makes of it.
+        chunk: The chunk.
+        level: One of LEVELS.
+    """
+    if level == "none":
+        with torch.no_grad():
+            return forward(chunk)
+    if level == "all":
+        return forward(chunk)
+    embeddings: Tensor = checkpoint(
+        forward, chunk, use_reentrant=False, context_fn=partial(_keep_and_reuse, level)
+    )
+    return embeddings
+
+
+def measure_levels(
+    forward: Callable[[Chunk], Tensor], chunk: Chunk, parameters: Sequence[nn.Parameter]
+) -> dict[str, LevelCost]:
+    """Return what each level costs, from one forward pass whose graph is thrown away.
+
+    Args:
+        forward: The encoder, or what a strategy makes of it.
+        chunk: Some chunk, a long one rather than a short one.
+        parameters: The encoder's; they are held anyway, and don't count.
+    """
+    counter = _Counter()
+    storages: dict[int, torch.UntypedStorage] = {}
+    # Gathered weights of fully_shard are no parameters; they count as far as they stay gathered.
+    whole = [p for p in parameters if not hasattr(p, "to_local")]
+    own = {p.untyped_storage().data_ptr() for p in whole}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    # The graph holds what was counted until the end: no address is used twice.
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), counter:
+        embeddings = forward(chunk)
+    tokens = chunk.input_ids.numel()
+    held = sum(storage.nbytes() for storage in storages.values())
+    del embeddings
+    costs = {"none": LevelCost(0.0, 1.0)}
+    for level in ("layers", "products"):
+        saved = counter.flops[level] / max(counter.flops["all"], 1)
+        costs[level] = LevelCost(counter.bytes[level] / tokens, 1.0 - saved)
+    costs["all"] = LevelCost(held / tokens, 0.0)
+    return costs
+
+
+def _keep_and_reuse(level: str) -> tuple["_Keep", "_Reuse"]:
+    """Return the contexts of a forward pass that keeps, and of its repetition, which reuses.
+
+    torch's own create_selective_checkpoint_contexts expects every operation to occur again, but
+    under ZeRO-3 the repetition gathers weights differently. Here only what is kept must.
+    """
+    kept: deque[_Kept] = deque()
+    return _Keep(level, kept), _Reuse(level, kept)
+
+
+class _Kept(NamedTuple):
+    func: Any
+    outputs: Any
+    """A tensor, or a tuple with tensors in it."""
+    versions: list[int]
+
+
+class _Keep(TorchDispatchMode):
+    def __init__(self, level: str, kept: deque[_Kept]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.level, self.kept = level, kept
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if _is_kept(self.level, func, args, kwargs):
+            # Without what autograd will hang on it, which would hold the graph.
+            outputs = tree_map_only(Tensor, Tensor.detach, out)
+            self.kept.append(_Kept(func, outputs, _versions(outputs)))
+        return out
+
+
+class _Reuse(TorchDispatchMode):
+    def __init__(self, level: str, kept: deque[_Kept]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.level, self.kept = level, kept
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not _is_kept(self.level, func, args, kwargs):
+            return func(*args, **kwargs)
+        kept = self.kept.popleft()
+        assert kept.func is func, f"{func} is computed again where {kept.func} was kept"
+        assert kept.versions == _versions(kept.outputs), f"the output of {func} was overwritten"
+        return kept.outputs
+
+
+def _versions(outputs: Any) -> list[int]:
+    return [leaf._version for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _is_kept(level: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if func in _PRODUCTS:
+        if level == "products":
+            return True
+        left, right = args[-2:]
+        return bool(left.ndim == 2 and left.shape[1] > right.shape[1])
+    if level != "products":
+        return False
+    if func in _ATTENTIONS:
+        # Attention that draws dropout masks is computed again, or else the generator would not
+        # move on as it did, and what is drawn after it would be another mask.
+        place = _ATTENTIONS[func]
+        dropout = kwargs.get("dropout_p", args[place] if len(args) > place else 0.0)
+        return not dropout
+    return bool(func.name().startswith(_VARLEN_ATTENTION))
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the multiplications of products and attention, and the bytes of their outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = dict.fromkeys(LEVELS, 0)
+        self.bytes = dict.fromkeys(LEVELS, 0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if flops := _multiplications(func, args):
+            self.flops["all"] += flops
+            tensors = [
+                t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)
+            ]
+            for level in ("layers", "products"):
+                if _is_kept(level, func, args, kwargs):
+                    self.flops[level] += flops
+                    self.bytes[level] += sum(t.nbytes for t in tensors)
+        return out
+
+
+def _multiplications(func: Any, args: tuple[Any, ...]) -> int:
+    if func in _PRODUCTS:
+        left, right = args[-2:]
+        return int(left.numel() * right.shape[-1])
+    if func in _ATTENTIONS:
+        query, key = args[:2]
+        return int(2 * query.numel() * key.shape[-2])
+    if func.name().startswith(_VARLEN_ATTENTION):
+        query, boundaries = args[0], args[3]
+        return int(2 * query.numel() * len(query) / (len(boundaries) - 1))
+    return 0
+
+
+class RandomState(NamedTuple):
+    """The state of the generators that dropout draws from."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> "RandomState":
+        """Read the state of the CPU's generator and of the device's."""
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Draw from here on what was drawn after this state was read."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Draw again what was drawn after this state was read, then go on as if nothing was."""
+        devices = [] if self.cuda is None else [torch.cuda.current_device()]
+        with torch.random.fork_rng(devices=devices):
+            self.restore()
+            yield

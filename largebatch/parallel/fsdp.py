@@ -1,0 +1,138 @@
+"""Sharded parameters: torch's fully_shard, a unit per layer and one for the rest.
+
+Each rank keeps its share of weights, gradients and optimizer state; a layer's weights are gathered
+when it runs. fully_shard reduces a unit's gradient after each backward pass through it; here that
+is off for all but the step's last pass, so there is one reduce-scatter per unit and step. Until
+then each rank holds the whole gradient of its own chunks.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from largebatch.config import OptimConfig
+from largebatch.losses.infonce import ContrastiveLoss
+from largebatch.model.encoder import Encoder
+from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.ddp import one_reduction, start_equal
+from largebatch.parallel.modules import OptimizedModules, missing_gradients_are_zeros
+from largebatch.parallel.strategy import Backward
+
+
+class FullyShardedModel(OptimizedModules):
+    """The strategy `fsdp`.
+
+    Args:
+        encoder: The whole encoder; all ranks get rank 0's weights, then each keeps its share.
+        loss: The loss, which stays whole on every rank.
+        optim: Options of AdamW.
+        collectives: How ranks reach each other.
+        reshard_after_forward: Whether a layer's gathered weights are freed after its forward pass
+            and gathered again for its backward pass.
+
+    Under bf16 autocast weights are gathered in bf16. The shards, the sum of the chunks' gradients
+    and its reduction stay float32, and so does what flows between layers.
+    """
+
+    equal_chunks = True
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        loss: ContrastiveLoss,
+        optim: OptimConfig,
+        collectives: Collectives,
+        *,
+        reshard_after_forward: bool = True,
+    ) -> None:
+        start_equal([encoder, loss], collectives)
+        self._skeleton = skeleton_of(encoder)
+        mesh = init_device_mesh(encoder.device.type, (collectives.world.size,))
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if encoder.autocast_dtype is not None:
+            policy = MixedPrecisionPolicy(
+                param_dtype=encoder.autocast_dtype,
+                reduce_dtype=torch.float32,
+                cast_forward_inputs=False,
+            )
+        for module in (*layers_of(encoder), encoder):
+            fully_shard(
+                module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+            )
+        super().__init__(encoder, loss, optim, collectives)
+
+    @contextmanager
+    def gradient_pass(self) -> Iterator[Backward]:
+        """Run a step's backward passes inside; the last reduces the sum of their gradients."""
+        with (
+            missing_gradients_are_zeros(self.parameters),
+            one_reduction(self.loss_parameters, self.collectives),
+        ):
+            yield self._backward
+
+    def _backward(
+        self, embeddings: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool
+    ) -> None:
+        assert isinstance(self.encoder, FSDPModule)
+        # One graph after another, for a unit would reduce after each graph of a common pass.
+        for number, (embedding, gradient) in enumerate(
+            zip(embeddings, gradients, strict=True), start=1
+        ):
+            reduces = last and number == len(embeddings)
+            self.encoder.set_requires_gradient_sync(reduces)
+            self.encoder.set_is_last_backward(reduces)
+            embedding.backward(gradient)
+
+    @contextmanager
+    def whole(self) -> Iterator[Encoder]:
+        """Give a copy with the gathered float32 weights, in the memory of the whole model."""
+        with filled(self._skeleton, self._whole_tensors()):
+            yield self._skeleton
+
+    def _whole_tensors(self) -> dict[str, Tensor]:
+        return {
+            name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            for name, tensor in self.encoder.state_dict().items()
+        }
+
+
+def layers_of(encoder: Encoder) -> list[nn.Module]:
+    """Return the layers of a backbone: the entries of its outermost module lists."""
+    found: list[nn.Module] = []
+
+    def search(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                found.extend(child)
+            else:
+                search(child)
+
+    search(encoder.backbone)
+    return found
+
+
+def skeleton_of(encoder: Encoder) -> Encoder:
+    """Return a copy of an encoder whose weights have shapes and no content."""
+    memo: dict[int, object] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in encoder.parameters()
+    }
+    memo[id(encoder.tokenizer)] = encoder.tokenizer
+    return copy.deepcopy(encoder, memo)
+
+
+@contextmanager
+def filled(skeleton: Encoder, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Give a skeleton weights inside the context."""
+    empty = {name: p.detach() for name, p in skeleton.named_parameters(remove_duplicate=False)}
+    skeleton.load_state_dict(tensors, assign=True)
+    try:
+        yield
+    finally:
+        skeleton.load_state_dict(empty, strict=False, assign=True)

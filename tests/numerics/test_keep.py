@@ -1,0 +1,390 @@
+"""What is kept for the backward pass: the work that it saves, the budget, the same on all ranks."""
+
+import json
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from dist import run_ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics.reference import (
+    full_batch_gradient,
+    gradients,
+    random_texts,
+    relative_error,
+    tiny_encoder,
+    tiny_loss,
+)
+
+import largebatch.gradcache
+from largebatch import budget
+from largebatch.batch import Texts
+from largebatch.budget import KeepPlan, choose_tokens_per_chunk, measured_budget
+from largebatch.config import OptimConfig, StrategyConfig
+from largebatch.errors import UserError
+from largebatch.gradcache import GradCache
+from largebatch.model.keep import (
+    LEVELS,
+    LevelCost,
+    _Counter,
+    _is_kept,
+    embed_keeping,
+    measure_levels,
+)
+from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.ddp import backward, one_reduction
+from largebatch.parallel.deepspeed_build import prepare
+from largebatch.parallel.strategy import make_strategy
+
+QUERIES = random_texts(20, longest=12, seed=1)
+DOCUMENTS = random_texts(20, longest=30, seed=2)
+COSTS = {
+    "none": LevelCost(0, 1),
+    "layers": LevelCost(10, 0.67),
+    "products": LevelCost(100, 0),
+    "all": LevelCost(170, 0),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _built_once():
+    """Build DeepSpeed's extension here, not in each of the ranks."""
+    prepare(torch.device("cpu"))
+
+
+def tiny_chunk(encoder, num_texts=8, budget=10**6):
+    texts = Texts.from_lists(random_texts(num_texts, longest=30, seed=3))
+    return encoder.make_chunks(texts, budget)[1][0]
+
+
+@pytest.mark.parametrize("packing", ["off", "on"])
+@pytest.mark.parametrize("keep", LEVELS)
+def test_units_are_the_work_really_done(keep, packing):
+    """All multiplications of a step, counted, divided by those of a forward pass."""
+    # With dropout, attention on a CPU is made of plain products, whose backward passes count too.
+    encoder, loss = tiny_encoder(dropout=0.1, packing=packing), tiny_loss(symmetric=False)
+    step = GradCache(encoder, loss, tokens_per_chunk=100, keep=keep)
+    texts = Texts.from_lists([*QUERIES, *DOCUMENTS])
+    with _Counter() as forward, torch.no_grad():
+        for chunk in encoder.make_chunks(texts, 100)[1]:
+            encoder(chunk)
+    step(QUERIES, DOCUMENTS)  # measures
+    with _Counter() as whole:
+        report = step.report(QUERIES, DOCUMENTS)
+    contrast = 3 * 20 * 20 * 16  # products of the loss itself, at least
+    units = (whole.flops["all"] - contrast) / forward.flops["all"]
+    assert report.units == pytest.approx(units, rel=0.02)
+    expected = {"none": 4, "layers": 3.8, "products": 3, "all": 3}[keep]
+    assert report.units == pytest.approx(expected, abs=0.1)
+
+
+def test_measured_costs_are_those_of_bert():
+    encoder = tiny_encoder(packing="off")
+    chunk = tiny_chunk(encoder)
+    costs = measure_levels(encoder, chunk, list(encoder.parameters()))
+    n, length = chunk.input_ids.shape
+    hidden, inner, layers, width = 16, 32, 2, 8
+    # Per token and layer: the second feed-forward product.
+    assert costs["layers"].bytes_per_token == width * layers * hidden
+    kept = 4 * hidden + inner + hidden + hidden  # q k v o, both feed-forward products, attention
+    logsumexp = 2  # one number per head
+    pooled = hidden / length
+    assert costs["products"].bytes_per_token == pytest.approx(
+        width * (layers * kept + pooled) + 4 * layers * logsumexp, rel=0.05
+    )
+    per_layer = 4 * hidden**2 + 2 * hidden * inner + 2 * length * hidden
+    expected = 1 - hidden * inner / per_layer
+    assert costs["layers"].recomputed == pytest.approx(expected, rel=0.02)
+    assert costs["all"].bytes_per_token > costs["products"].bytes_per_token
+    assert costs["none"] == (0, 1)
+    assert n > 1
+
+
+def test_measuring_moves_neither_weights_nor_the_generator():
+    encoder, loss = tiny_encoder(dropout=0.3), tiny_loss(symmetric=False)
+    found = []
+    for plan in (None, KeepPlan(COSTS, None)):
+        encoder.zero_grad()
+        torch.manual_seed(3)
+        step = GradCache(encoder, loss, tokens_per_chunk=60, keep="layers")
+        step.keep_plan = plan
+        step(QUERIES, DOCUMENTS)
+        found.append(gradients(encoder))
+    assert relative_error(found[0], found[1]) == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(1, 1000), min_size=1, max_size=20),
+    st.integers(0, 10**6),
+    st.sampled_from(["auto", *LEVELS]),
+)
+def test_levels_stay_within_the_budget(tokens, budget_bytes, keep):
+    chosen = KeepPlan(COSTS, budget_bytes).levels(keep, tokens)
+    used = sum(COSTS[level].bytes_per_token * t for level, t in zip(chosen, tokens, strict=True))
+    assert used <= budget_bytes
+    assert set(chosen) <= ({"none", keep} if keep != "auto" else set(LEVELS))
+    if keep == "auto" and "products" in chosen:
+        # No chunk keeps much where another, that would fit, keeps nothing.
+        left = budget_bytes - used
+        assert all(
+            10 * t > left for t, level in zip(tokens, chosen, strict=True) if level == "none"
+        )
+
+
+def test_auto_takes_more_of_a_larger_budget():
+    tokens = [100, 100, 100]
+    assert KeepPlan(COSTS, 0).levels("auto", tokens) == ["none"] * 3
+    assert KeepPlan(COSTS, 2500).levels("auto", tokens) == ["layers", "layers", "none"]
+    assert KeepPlan(COSTS, 13000).levels("auto", tokens) == ["products", "layers", "layers"]
+    assert KeepPlan(COSTS, 10_000).levels("auto", [100]) == ["products"]  # it takes 10,000
+    assert KeepPlan(COSTS, 10**6).levels("auto", tokens) == ["all"] * 3
+    assert KeepPlan(COSTS, None).levels("products", tokens) == ["products"] * 3
+    units = [
+        KeepPlan(COSTS, b).units(KeepPlan(COSTS, b).levels("auto", tokens), tokens)
+        for b in (0, 2500, 13000, 10**6)
+    ]
+    assert units == pytest.approx([4, 3 + 2.34 / 3, 3 + 1.34 / 3, 3])
+
+
+def test_a_decision_is_stored_and_set_again():
+    encoder, loss = tiny_encoder(), tiny_loss(symmetric=False)
+    first = GradCache(encoder, loss, tokens_per_chunk=60, keep="auto", keep_gib=3e-4)
+    assert first.keep_plan is None
+    report = first.report(QUERIES, DOCUMENTS)
+    stored = json.loads(json.dumps(first.keep_plan.to_dict()))
+    again = GradCache(encoder, loss, tokens_per_chunk=60, keep="auto", keep_gib=99)
+    again.keep_plan = KeepPlan.from_dict(stored)
+    assert again.keep_plan == first.keep_plan
+    assert again.report(QUERIES, DOCUMENTS).units == report.units
+    assert 3 < report.units < 4
+
+
+def test_attention_that_draws_dropout_is_computed_again():
+    flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    q = torch.zeros(1, 1, 4, 8)
+    assert _is_kept("products", flash, (q, q, q), {})
+    assert _is_kept("products", flash, (q, q, q, 0.0), {})
+    assert not _is_kept("products", flash, (q, q, q, 0.1), {})
+    assert not _is_kept("products", flash, (q, q, q), {"dropout_p": 0.1})
+    assert not _is_kept("products", efficient, (q, q, q, None, True, 0.1), {})
+    assert not _is_kept("layers", flash, (q, q, q, 0.0), {})
+
+
+class EqualChunks:
+    """A strategy like ddp that demands equally many passes of all ranks, and counts them."""
+
+    equal_chunks = True
+
+    def __init__(self, encoder, loss):
+        self.module = encoder
+        self.parameters = [*encoder.parameters(), *loss.parameters()]
+        self.passes = []
+
+    def encoder(self, chunk):
+        self.passes.append(("forward", torch.is_grad_enabled()))
+        return self.module(chunk)
+
+    @contextmanager
+    def gradient_pass(self):
+        with one_reduction(self.parameters, Collectives()):
+            yield self.backward
+
+    def backward(self, embeddings, gradients, *, last):
+        self.passes.append(("backward", len(embeddings), last))
+        backward(embeddings, gradients, last=last)
+
+
+@pytest.mark.parametrize("packing", ["off", "on"])
+@pytest.mark.parametrize(
+    "options", [{"keep": level} for level in LEVELS] + [{"keep": "auto", "keep_gib": 3e-4}], ids=str
+)
+def test_all_ranks_run_equally_many_passes(options, packing):
+    parts = [range(14), range(0), range(14, 20)]
+
+    def on_rank():
+        rank = torch.distributed.get_rank()
+        encoder, loss = tiny_encoder(packing=packing), tiny_loss(symmetric=True)
+        strategy = EqualChunks(encoder, loss)
+        step = GradCache(encoder, loss, tokens_per_chunk=60, strategy=strategy, **options)
+        report = step.report([QUERIES[i] for i in parts[rank]], [DOCUMENTS[i] for i in parts[rank]])
+        return gradients(encoder, loss), strategy.passes, report.num_chunks, report.units
+
+    results = run_ranks(on_rank, 3)
+    _, expected = full_batch_gradient(tiny_encoder(), tiny_loss(symmetric=True), QUERIES, DOCUMENTS)
+    for found, passes, _, _ in results:
+        assert relative_error(found, expected) < 1e-6
+        assert passes == results[0][1]
+        assert [one[2] for one in passes if one[0] == "backward"].count(True) == 1
+        assert passes[-1][-1] is not False
+    assert [num_chunks for _, _, num_chunks, _ in results][1] == 0
+    assert results[0][2] > results[2][2] > 0
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "options",
+    [{"keep": "layers"}, {"keep": "products", "packing": "on"}, {"keep": "auto", "keep_gib": 2e-4}],
+    ids=str,
+)
+def test_every_strategy_keeps(name, options):
+    def on_rank():
+        keep_options = dict(options)
+        packing = keep_options.pop("packing", "off")
+        dtype = torch.float64 if name == "fsdp" else torch.float32
+        encoder = tiny_encoder(packing=packing, dtype=dtype)
+        loss = tiny_loss(symmetric=True, dtype=dtype)
+        config = StrategyConfig(name="fsdp")
+        if name != "fsdp":
+            thresholds = {"stage3_param_persistence_threshold": 0}
+            config = StrategyConfig(
+                name="deepspeed",
+                zero_stage=int(name[-1]),
+                config={"zero_optimization": thresholds},
+            )
+        strategy = make_strategy(
+            config, encoder, loss, OptimConfig(), Collectives(), torch.device("cpu"), "float32"
+        )
+        step = GradCache(encoder, loss, tokens_per_chunk=60, strategy=strategy, **keep_options)
+        rows = range(14) if torch.distributed.get_rank() == 0 else range(14, 20)
+        report = step.report([QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows])
+        norm = strategy.clip_gradients(0.0)
+        strategy.step(0.1)
+        moments = strategy.optimizer_state()
+        return float(norm), {n: m for n, m in moments.items() if n.startswith("exp_avg.")}, report
+
+    results = run_ranks(on_rank, 2)
+    _, expected = full_batch_gradient(tiny_encoder(), tiny_loss(symmetric=True), QUERIES, DOCUMENTS)
+    tolerance = 1e-6 if name == "fsdp" else 1e-4
+    norm = float(torch.stack([g.norm() for g in expected.values()]).norm())
+    assert [norm for norm, _, _ in results] == pytest.approx([norm] * 2, rel=tolerance)
+    # After the first step the first moment is (1 - beta1) times the gradient.
+    moments = results[0][1]
+    found = {name.split(".", 2)[2]: m / (1 - OptimConfig().beta1) for name, m in moments.items()}
+    assert relative_error({n: found[n] for n in expected}, expected) < tolerance
+    assert all(3 <= report.units < 4 for _, _, report in results)
+
+
+def test_ranks_agree_on_costs_and_budget():
+    def on_rank():
+        rank = torch.distributed.get_rank()
+        costs = {level: LevelCost(b + rank, r) for level, (b, r) in COSTS.items()}
+        plan = KeepPlan(costs, 1000 - rank).agreed(Collectives(), torch.device("cpu"))
+        unlimited = KeepPlan(costs, None).agreed(Collectives(), torch.device("cpu"))
+        return plan.to_dict(), unlimited.budget_bytes
+
+    for plan, unlimited in run_ranks(on_rank, 2):
+        assert plan["budget_bytes"] == 999
+        assert plan["costs"]["products"] == [101, 0]
+        assert unlimited is None
+
+
+def test_options_that_cannot_be():
+    encoder, loss = tiny_encoder(), tiny_loss(symmetric=False)
+    with pytest.raises(UserError, match="keep='some' is not one of auto, none, layers"):
+        GradCache(encoder, loss, keep="some")
+    with pytest.raises(UserError, match="keep_gib=-1 must be at least 0"):
+        GradCache(encoder, loss, keep_gib=-1)
+    with pytest.raises(UserError, match="keep=auto needs keep_gib where there is no GPU"):
+        GradCache(encoder, loss, keep="auto")(QUERIES, DOCUMENTS)
+
+
+def test_the_budget_of_a_gpu_leaves_room(monkeypatch):
+    encoder = tiny_encoder()
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), parameters=encoder.parameters)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1_000_000, 2_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 300_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100_000)
+    weights = sum(p.nbytes for p in encoder.parameters() if p.requires_grad)
+    room = 1_200_000 - 3 * weights - 2 * 170 * 100
+    assert room > 0
+    assert measured_budget(on_gpu, COSTS, 100) == int(0.8 * room)
+    assert measured_budget(on_gpu, COSTS, 10**6) == 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_auto_takes_half_where_it_runs_out_of_memory(monkeypatch, dropout):
+    def step(most_kept):
+        """Run a step on a machine that holds so many graphs; return gradients and report."""
+        encoder, loss = tiny_encoder(dropout=dropout), tiny_loss(symmetric=False)
+        torch.manual_seed(1)
+        cache = GradCache(encoder, loss, tokens_per_chunk=60, keep="auto", keep_gib=1)
+        kept = []
+
+        def embed(forward, chunk, level):
+            if level != "none":
+                kept.append(level)
+            else:
+                kept.clear()  # another attempt, or chunks that take nothing
+            if len(kept) > most_kept:
+                kept.clear()
+                raise torch.OutOfMemoryError
+            return embed_keeping(forward, chunk, level)
+
+        monkeypatch.setattr(largebatch.gradcache, "embed_keeping", embed)
+        report = cache.report(QUERIES, DOCUMENTS)
+        return gradients(encoder, loss), report, cache.keep_plan.budget_bytes
+
+    expected, report, budget_bytes = step(10**6)
+    assert (report.units, budget_bytes) == (3, 2**30)
+    found, report, budget_bytes = step(3)
+    assert report.units > 3.3
+    assert budget_bytes < 2**20
+    assert relative_error(found, expected) < 1e-9
+    with pytest.raises(torch.OutOfMemoryError):
+        step(-1)
+
+
+def search(monkeypatch, seconds_per_token, **options):
+    """Run the search with a clock that goes by the passes, not by this machine."""
+    encoder = tiny_encoder(packing="off")
+    clock = SimpleNamespace(now=0.0)
+
+    def forward(chunk):
+        tokens = chunk.input_ids.numel()
+        clock.now += tokens * seconds_per_token(tokens)
+        return encoder.__class__.forward(encoder, chunk)
+
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(encoder, "forward", forward)
+    texts = Texts.from_lists(random_texts(200, longest=30, seed=1))
+    return choose_tokens_per_chunk(encoder, texts, smallest=64, tries=2, **options), encoder
+
+
+def test_the_fastest_number_of_tokens_is_chosen(monkeypatch):
+    chosen, encoder = search(monkeypatch, lambda tokens: 1 if tokens > 600 else 1 + 64 / tokens)
+    assert chosen == 1024
+    assert not gradients(encoder)
+    assert search(monkeypatch, lambda tokens: tokens)[0] == 64
+    assert search(monkeypatch, lambda tokens: 1, largest=2048)[0] < 512  # no gain, no memory
+
+
+def test_a_size_that_does_not_fit_ends_the_search(monkeypatch):
+    def speed(tokens, most):
+        if tokens > most:
+            raise torch.OutOfMemoryError
+        return 1 / tokens
+
+    assert search(monkeypatch, lambda tokens: speed(tokens, 300))[0] == 256
+    with pytest.raises(UserError, match="not even 64 tokens fit into the memory"):
+        search(monkeypatch, lambda tokens: speed(tokens, 10))
+
+
+def test_ranks_choose_the_same_number_of_tokens(monkeypatch):
+    def on_rank():
+        rank = torch.distributed.get_rank()
+        encoder = tiny_encoder()
+        texts = Texts.from_lists(random_texts(60 if rank == 0 else 0, longest=30, seed=1))
+        torch.manual_seed(rank)
+        before = torch.get_rng_state()
+        chosen = choose_tokens_per_chunk(encoder, texts, smallest=64, tries=1)
+        assert torch.equal(torch.get_rng_state(), before)
+        return chosen
+
+    first, second = run_ranks(on_rank, 2)
+    assert first == second
+    assert first in 2 ** np.arange(6, 17)
