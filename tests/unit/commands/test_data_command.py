@@ -280,7 +280,7 @@ def test_each_job_of_a_sweep_of_stats_has_its_folder_and_the_same_run(folder, ca
     ("arguments", "expected"),
     [
         ([], "data needs an action: `largebatch data show ...` or `largebatch data stats ...`"),
-        (["shwo", *OPTIONS], "'shwo' is no action of data: `largebatch data show"),
+        (["shox", *OPTIONS], "'shox' is no action of data: `largebatch data show"),
         (["step=3"], "'step=3' is no action of data"),
         (["show", "quickstat"], "'quickstat' is not a preset of data show; did you mean quickst"),
         (["show", *OPTIONS, "step=0"], "step=0 must be at least 1"),

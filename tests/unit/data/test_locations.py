@@ -272,9 +272,9 @@ def test_children_read_over_connections_of_their_own(method, scheme, s3):
     read_bytes(url, 0, 10)
     parents = {s3.requests[0].connection, s3.requests[-1].connection}
     assert len(parents) == 1  # Children did not close it.
-    childrens = {request.connection for request in s3.requests[1:-1]}
-    assert 1 <= len(childrens) <= 2
-    assert not parents & childrens
+    of_children = {request.connection for request in s3.requests[1:-1]}
+    assert 1 <= len(of_children) <= 2
+    assert not parents & of_children
 
 
 @pytest.fixture
