@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from largebatch.errors import UserError
 from largebatch.parallel.strategy import Strategy
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Tensors(NamedTuple):
