@@ -6,12 +6,12 @@ signal: nothing here handles it, and Python's default ends the process at once, 
 collective.
 """
 
+import atexit
 import logging
 import os
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -102,15 +102,22 @@ def prepare_rank() -> None:
     """
     if LAUNCHED in os.environ:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        threading.Thread(target=_end_with, args=(int(os.environ[LAUNCHED]),), daemon=True).start()
+        over = threading.Event()
+        watch = threading.Thread(
+            target=_end_with, args=(int(os.environ[LAUNCHED]), over), daemon=True
+        )
+        watch.start()
+        # No thread of ours may be about when the interpreter is taken down.
+        atexit.register(watch.join, 1)
+        atexit.register(over.set)  # the last one registered is called first
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("largebatch").setLevel(logging.ERROR)
 
 
-def _end_with(launcher: int) -> None:
-    while os.getppid() == launcher:
-        time.sleep(_LOOK_EVERY_S)
-    os._exit(1)
+def _end_with(launcher: int, over: threading.Event) -> None:
+    while not over.wait(_LOOK_EVERY_S):
+        if os.getppid() != launcher:
+            os._exit(1)
 
 
 def _rank_environment(ranks: int, threads: int) -> dict[str, str]:
