@@ -108,7 +108,8 @@ def prepare(folder: Path, batch: int, options: argparse.Namespace) -> None:
 
 def compare(folder: Path, batch: int, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Measure all contenders, round by round."""
-    candidates = contender_candidates(batch, options)
+    # A tuned contender may have no candidate among --mini-batches.
+    candidates = {name: c for name, c in contender_candidates(batch, options).items() if c}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in candidates}
     chosen: dict[str, list[str]] = {}
     for number in range(options.rounds):
