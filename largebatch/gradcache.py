@@ -19,11 +19,12 @@ from torch import Tensor
 
 from largebatch.batch import Chunk, Texts
 from largebatch.budget import GIB, KeepPlan, measured_budget
+from largebatch.config import KEEPS
 from largebatch.data.chunks import distinct_texts
 from largebatch.errors import UserError
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.model.encoder import Encoder
-from largebatch.model.keep import LEVELS, RandomState, embed_keeping, measure_levels
+from largebatch.model.keep import RandomState, embed_keeping, measure_levels
 from largebatch.objective import ContrastiveObjective, ObjectiveValue, hash_pairs
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import backward as backward_locally
@@ -32,8 +33,6 @@ from largebatch.parallel.strategy import Backward, Strategy
 
 TextList = Sequence[str] | Sequence[Sequence[int]] | Texts
 """Texts, token lists, or packed tokens."""
-
-KEEPS = ("auto", *LEVELS)
 
 
 class StepReport(NamedTuple):

@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from largebatch.commands.run_data import RunData, open_run_data, text_at
+from largebatch.commands.run_data import RunData, open_run_data
 from largebatch.config.tools import DataShowConfig
 from largebatch.curate.preview import ShownRow, ShownText, as_json, read_batch
 from largebatch.data.holes import rows_by_step
 from largebatch.data.reader import Reader
+from largebatch.data.stream import text_at
 from largebatch.errors import UserError
+from largebatch.train.build import text_phases
 
 WITHOUT_TOKENS_CHARS = 2000
 """Characters of a text that are printed where it is not known how much of it is used."""
@@ -49,7 +51,7 @@ def run(config: DataShowConfig) -> None:
     rows = read_batch(
         step,
         reader,
-        text=text_at(step, config, data.text),
+        text=text_at(text_phases(data.text, config.data.curriculum), step),
         tokenizer=data.tokenizer,
         ranks=config.hardware.ranks,
         workers=config.data.workers,

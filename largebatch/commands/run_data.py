@@ -14,7 +14,7 @@ from largebatch.data.source import Source
 from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
 from largebatch.model.pretrained import load_tokenizer, read_settings
-from largebatch.train.build import build_schedule, build_sources, text_phases
+from largebatch.train.build import build_schedule, build_sources
 from largebatch.train.resume import check_same_run
 
 DECIDES_BATCHES = ("seed", "global_batch", "data", "text", "backbone")
@@ -61,12 +61,6 @@ def open_run_data(config: TrainConfig) -> RunData:
     text, tokenizer = _find_text(config, folder / "backbone", notes)
     holes = read_holes(folder / "holes")
     return RunData(sources, schedule, holes, text, tokenizer, num_steps, notes)
-
-
-def text_at(step: int, config: TrainConfig, text: TextSettings) -> TextSettings:
-    """Return prompts and lengths of a step, from 0."""
-    phases = text_phases(text, config.data.curriculum)
-    return next(phase.text for phase in reversed(phases) if phase.from_step <= step)
 
 
 def _compare_with_run(config: TrainConfig, folder: Path) -> list[str]:

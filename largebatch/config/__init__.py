@@ -7,6 +7,7 @@ Hydra. The string under a field is its documentation, and what `largebatch <comm
 from largebatch.config.checks import suggest
 from largebatch.config.data import CurriculumConfig, DataConfig, SourceConfig
 from largebatch.config.model import (
+    PACKINGS,
     POOLINGS,
     BackboneConfig,
     ObjectiveConfig,
@@ -27,6 +28,7 @@ from largebatch.config.tools import (
     VerifyConfig,
 )
 from largebatch.config.train import (
+    KEEPS,
     SCHEDULES,
     CheckpointConfig,
     EvalConfig,
@@ -39,6 +41,8 @@ from largebatch.config.train import (
 )
 
 __all__ = [
+    "KEEPS",
+    "PACKINGS",
     "POOLINGS",
     "SCHEDULES",
     "BackboneConfig",

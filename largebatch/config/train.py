@@ -26,7 +26,7 @@ NOT_IN_DEEPSPEED_CONFIG = {
     "train_batch_size": "global_batch",
     "train_micro_batch_size_per_gpu": "tokens_per_chunk, which cuts a batch into chunks",
 }
-KEEPS = ("none", "layers", "products", "all", "auto")
+KEEPS = ("auto", "none", "layers", "products", "all")
 WANDB_MODES = ("offline", "online", "disabled")
 
 

@@ -125,13 +125,6 @@ def assign_rows(num_rows: int, *, ranks: int, workers: int) -> list[tuple[int, i
     ]
 
 
-def prompts_of(source: Source, text: TextSettings) -> tuple[str, str]:
-    """Return what is put before a source's queries and before its documents."""
-    query = text.query_prompt if source.query_prompt is None else source.query_prompt
-    document = text.document_prompt if source.document_prompt is None else source.document_prompt
-    return query, document
-
-
 def count_tokens(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     """Return the tokens of each text before anything is cut, special ones included."""
     if not texts:
@@ -160,7 +153,7 @@ def _show_records(
     for row, record in enumerate(found):
         if isinstance(record, Record):
             source = by_name[record.source]
-            query_prompt, document_prompt = prompts_of(source, text)
+            query_prompt, document_prompt = source.prompts(text)
             texts[row] = [ShownText(query_prompt + record.query, len(query_prompt))] + [
                 ShownText(document_prompt + document, len(document_prompt))
                 for document in (record.document, *record.negatives[: source.max_negatives])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from largebatch.curate.preview import count_tokens, prompts_of
+from largebatch.curate.preview import count_tokens
 from largebatch.data.records import Record
 from largebatch.data.schedule import Schedule
 from largebatch.data.source import Source
@@ -87,7 +87,8 @@ def source_shares(
     sources: Sequence[Source], schedule: Schedule, num_steps: int
 ) -> list[SourceShare]:
     """Return what each source is to a run of so many steps."""
-    given, epochs = schedule.rows_given(num_steps), schedule.epochs(num_steps)
+    given = schedule.rows_given(num_steps)
+    epochs = given / schedule.epoch_records
     wanted = _mean_shares(schedule, num_steps)
     left_out = schedule.left_out()
     return [
@@ -254,7 +255,7 @@ def _read(source: Source, number: int, offsets: Sequence[int]) -> Iterator[Recor
 def _texts(
     records: Sequence[Record], source: Source, text: TextSettings
 ) -> Mapping[str, list[str]]:
-    query_prompt, document_prompt = prompts_of(source, text)
+    query_prompt, document_prompt = source.prompts(text)
     return {
         "query": [query_prompt + record.query for record in records],
         "document": [document_prompt + record.document for record in records],

@@ -19,7 +19,7 @@ from largebatch.data.index import Segment
 from largebatch.data.locations import read_bytes
 from largebatch.data.packed import unpack
 from largebatch.data.records import Record, make_record
-from largebatch.data.retries import Retries
+from largebatch.data.retries import DEFAULT_RETRIES, Retries
 from largebatch.data.tar import (
     MAX_RECORD_BYTES,
     MAX_SAMPLE_BYTES,
@@ -59,7 +59,7 @@ class SegmentRecords(ABC):
         Raises DataError, naming shard, member and byte, if it is no UTF-8 or no JSON, lacks a
         field, has an empty query or document, or a text of more than `max_chars` characters.
         """
-        mapping = self._mapping(number)
+        mapping = self.mapping(number)
         try:
             record = make_record(
                 mapping,
@@ -72,16 +72,12 @@ class SegmentRecords(ABC):
             raise DataError(f"{self._where(number)}: {error}", kind=error.kind) from None
         return record
 
-    def mapping(self, number: int) -> dict[str, Any]:
-        """Decode all fields of a record, whatever they hold; raises DataError as `record` does."""
-        return self._mapping(number)
-
     def __iter__(self) -> Iterator[Record]:
         return map(self.record, range(len(self)))
 
     @abstractmethod
-    def _mapping(self, number: int) -> dict[str, Any]:
-        """Decode the fields of a record; an error names their place."""
+    def mapping(self, number: int) -> dict[str, Any]:
+        """Decode all fields of a record, whatever they hold; raises DataError as `record` does."""
 
     @abstractmethod
     def _where(self, number: int) -> str:
@@ -126,7 +122,8 @@ class PackedRecords(SegmentRecords):
         """Memory that is held."""
         return self._num_bytes
 
-    def _mapping(self, number: int) -> dict[str, Any]:
+    def mapping(self, number: int) -> dict[str, Any]:
+        """Decode all fields of a record, whatever they hold."""
         line = self._lines[number]
         try:
             return _decode_json(line, first_byte=None)
@@ -172,7 +169,8 @@ class SampleRecords(SegmentRecords):
             raise IndexError(number)
         return range(self._firsts[number], self._firsts[number + 1])
 
-    def _mapping(self, number: int) -> dict[str, Any]:
+    def mapping(self, number: int) -> dict[str, Any]:
+        """Decode all fields of a record, whatever they hold."""
         members = self._members(number)
         if len(members) == 1:
             return self._decode(members[0])
@@ -224,7 +222,7 @@ def read_segment(
     fields: Mapping[str, str],
     source: str,
     max_chars: int | None = None,
-    retries: Retries = Retries(),  # noqa: B008
+    retries: Retries = DEFAULT_RETRIES,
 ) -> SegmentRecords:
     """Read one segment of the shard at `url`, by byte range, without decoding its records.
 

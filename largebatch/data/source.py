@@ -10,6 +10,7 @@ import numpy.typing as npt
 from largebatch.data.index import SegmentTable, Shard
 from largebatch.data.retries import DEFAULT_RETRIES, Retries
 from largebatch.data.segment import SegmentRecords, read_segment
+from largebatch.data.text import TextSettings
 
 IndexArray = npt.NDArray[np.int64]
 
@@ -81,6 +82,14 @@ class Source(NamedTuple):
             source=self.name,
             max_chars=self.max_chars,
             retries=self.retries,
+        )
+
+    def prompts(self, text: TextSettings) -> tuple[str, str]:
+        """Return what is put before its queries and before its documents; `text` has defaults."""
+        query, document = self.query_prompt, self.document_prompt
+        return (
+            text.query_prompt if query is None else query,
+            text.document_prompt if document is None else document,
         )
 
     def fingerprint(self) -> str:

@@ -30,6 +30,11 @@ class TextPhase(NamedTuple):
     """The settings."""
 
 
+def text_at(phases: Sequence[TextPhase], step: int) -> TextSettings:
+    """Return the prompts and lengths of a step, from 0."""
+    return [phase.text for phase in phases if phase.from_step <= step][-1]
+
+
 class Stream:
     """Batches of one rank, from any step on.
 
@@ -163,23 +168,23 @@ class _BatchMaker:
         sources = self.reader.sources
         by_name = {source.name: source for source in sources}
         source_of = [by_name[record.source] for record in records]
-        text = [phase.text for phase in self.text_phases if phase.from_step <= step][-1]
+        text = text_at(self.text_phases, step)
+        prompts = [source.prompts(text) for source in source_of]
         queries, cut_queries = self._tokenize(
-            [
-                _prompt(source.query_prompt, text.query_prompt) + record.query
-                for source, record in zip(source_of, records, strict=True)
-            ],
+            [prompt + record.query for (prompt, _), record in zip(prompts, records, strict=True)],
             text.query_max_tokens,
         )
-        prompts = [_prompt(source.document_prompt, text.document_prompt) for source in source_of]
         documents, cut_documents = self._tokenize(
-            [prompt + record.document for prompt, record in zip(prompts, records, strict=True)],
+            [
+                prompt + record.document
+                for (_, prompt), record in zip(prompts, records, strict=True)
+            ],
             text.document_max_tokens,
         )
         negatives, cut_negatives = self._tokenize(
             [
                 prompt + negative
-                for prompt, source, record in zip(prompts, source_of, records, strict=True)
+                for (_, prompt), source, record in zip(prompts, source_of, records, strict=True)
                 for negative in record.negatives[: source.max_negatives]
             ],
             text.document_max_tokens,
@@ -241,10 +246,6 @@ def _end_with_rank(_worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def _prompt(own: str | None, default: str) -> str:
-    return default if own is None else own
 
 
 def _checked(part: RankBatch | _Failure) -> RankBatch:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from largebatch.batch import Chunk, Texts
-from largebatch.config import POOLINGS, suggest
+from largebatch.config import PACKINGS, POOLINGS, suggest
 from largebatch.data.chunks import Rows, pack_chunks, pad_chunks, plan_chunks
 from largebatch.data.text import TextSettings, tokenize
 from largebatch.errors import UserError
@@ -35,7 +35,6 @@ from largebatch.model.pretrained import (
 
 log = logging.getLogger(__name__)
 
-PACKINGS = ("auto", "on", "off")
 WORTH_PACKING = 0.1
 """Share of padding above which packing pays on a CPU; measured by benchmarks/packing.py."""
 

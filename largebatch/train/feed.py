@@ -1,6 +1,7 @@
 """The data of a run: its batches, and what is noted of them on the way."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ class Feed:
         self.num_skipped = sum(hole.step < first_step for hole in self._known_holes)
         """Rows of all ranks that were skipped so far."""
 
+    @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Return a hash of each source's index."""
+        """A hash of each source's index."""
         return {source.name: source.fingerprint() for source in self.sources}
 
     def check_same_data(self, saved: dict[str, str]) -> None:
@@ -63,7 +65,7 @@ class Feed:
         Raises:
             UserError: Those of a source are not; names it.
         """
-        now = self.fingerprints()
+        now = self.fingerprints
         for name, fingerprint in saved.items():
             if now.get(name) != fingerprint:
                 raise UserError(
@@ -124,7 +126,7 @@ class Feed:
         }
         if len(self.sources) > 1:
             shares = self.schedule.shares(max(step - 1, 0))
-            epochs = self.schedule.epochs(step)
+            epochs = given / self.schedule.epoch_records
             for number, source in enumerate(self.sources):
                 values |= {
                     f"mix/{source.name}/share": given[number] / max(given.sum(), 1),
@@ -137,7 +139,8 @@ class Feed:
         """Tell what the data is and how long it lasts."""
         schedule, config = self.schedule, self.config
         stop = config.max_steps
-        given, epochs = schedule.rows_given(stop), schedule.epochs(stop)
+        given = schedule.rows_given(stop)
+        epochs = given / schedule.epoch_records
         lines = [
             f"data: {schedule.num_records:,} records, global batch {config.global_batch:,} "
             f"({config.data.batches}), {given.sum() / schedule.epoch_records.sum():.1f} epochs"

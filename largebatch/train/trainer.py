@@ -329,7 +329,7 @@ class _Run:
                 details={
                     "config": self.settings,
                     "elapsed_s": elapsed_s,
-                    "shards": self.feed.fingerprints(),
+                    "shards": self.feed.fingerprints,
                     "engine": self._engine(),
                 },
             )
