@@ -3,8 +3,8 @@
 A process that runs alone prints its own line. A rank that `largebatch train` started hands its
 failure to the starting process through the file that the elastic launcher names in
 TORCHELASTIC_ERROR_FILE; that process prints the first failure only. Under a torchrun of the user's
-own, each rank writes that file for torchrun's report, and prints its line unless every rank would
-print the same one.
+own, each rank writes that file for torchrun's report, and prints its line; where every rank would
+print the same one, rank 0 does.
 """
 
 import faulthandler
@@ -24,6 +24,7 @@ from largebatch.errors import UserError
 LAUNCHED = "LARGEBATCH_LAUNCHED"
 """Environment variable that tells a rank that `largebatch` itself started it."""
 EXIT_WITHIN_S = 5
+RANK_0_SPEAKS_WITHIN_S = 30
 
 # What gloo, the TCP store and NCCL say on a rank that waits for one that is gone.
 _LOST_CONNECTION = re.compile(
@@ -69,10 +70,14 @@ def report(error: Exception, *, debug: bool) -> None:
     """Print or hand on a failure, as the process's role wants it; the caller exits with 1."""
     if is_rank():
         _write_error_file(error)
+        if LAUNCHED not in os.environ and _all_ranks_say_so(error):
+            # The launcher ends all ranks when the first one ends, and rank 0 may not have spoken
+            # yet. So this one waits to be ended; if it never is, rank 0 had nothing to say.
+            time.sleep(RANK_0_SPEAKS_WITHIN_S)
         # A rank whose peers still wait for it must not hang while the interpreter shuts down.
         silent = os.open(os.devnull, os.O_WRONLY)
         faulthandler.dump_traceback_later(EXIT_WITHIN_S, exit=True, file=silent)
-        if LAUNCHED in os.environ or _all_ranks_say_so(error):
+        if LAUNCHED in os.environ:
             return
     if debug:
         sys.stderr.write(error.trace if isinstance(error, RanksFailed) else _trace(error))

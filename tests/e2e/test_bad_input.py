@@ -215,6 +215,19 @@ def test_torchrun_ends_all_ranks_with_one_line_of_ours(folder: Path) -> None:
     assert done.ending_s < ENDED_WITHIN_S
 
 
+def test_rank_0_speaks_even_if_it_is_the_last_to_see_a_mistake(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "slow").mkdir()
+    (folder / "slow" / "sitecustomize.py").write_text(
+        "import os, time\nif os.environ.get('RANK') == '0': time.sleep(5)\n", encoding="utf-8"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder / "slow"))
+    done = largebatch(*line("pooling=maen"), cwd=folder, launcher=TORCHRUN)
+    ours = [text for text in done.err.splitlines() if text.startswith("error: ")]
+    assert (done.code, len(ours)) == (1, 1), done.err
+
+
 def damage_what_only_rank_1_reads(folder: Path) -> Path:
     """Overwrite a shard, of one segment, that a run of 4 steps reads on rank 1 only."""
     shutil.rmtree(folder / "shards")
