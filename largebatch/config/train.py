@@ -208,6 +208,9 @@ class HardwareConfig:
     """auto (cuda where there is one), cuda or cpu."""
     precision: str = "float32"
     """float32, or bf16 autocast in the encoder. Weights, loss and optimizer stay float32."""
+    tf32: bool = False
+    """Whether a GPU's float32 products take TF32: several times as fast, with 10 bits of mantissa
+    instead of 23, in the encoder and in the loss."""
 
     def __post_init__(self) -> None:
         faults = Faults()
