@@ -30,6 +30,7 @@ from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import backward as backward_locally
 from largebatch.parallel.ddp import one_reduction
 from largebatch.parallel.strategy import Backward, Strategy
+from largebatch.phases import phase
 
 TextList = Sequence[str] | Sequence[Sequence[int]] | Texts
 """Texts, token lists, or packed tokens."""
@@ -171,7 +172,8 @@ class GradCache:
             dtype=self.encoder.dtype,
             device=self.encoder.device,
         )
-        passes = self._embed(chunks, rows, embeddings_ud)
+        with phase("embed"):
+            passes = self._embed(chunks, rows, embeddings_ud)
 
         # 2. Loss, and its gradient with respect to the embeddings.
         leaf_ud = embeddings_ud.requires_grad_()
@@ -186,10 +188,12 @@ class GradCache:
             else None,
         )
         with self._gradient_pass() as backward:
-            value.rank_loss.backward()
+            with phase("loss"):
+                value.rank_loss.backward()
             assert leaf_ud.grad is not None
             # 3. Push it into the weights.
-            _push(passes, leaf_ud.grad, self._forward, backward)
+            with phase("replay"):
+                _push(passes, leaf_ud.grad, self._forward, backward)
             # 4. Leaving the context averages the gradients over ranks.
 
         own = [one for one in passes if len(one.rows_n)]

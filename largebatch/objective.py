@@ -26,6 +26,7 @@ from largebatch.errors import UserError
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.masks import FalseNegatives, PairHashes
 from largebatch.parallel.collectives import Collectives
+from largebatch.phases import phase
 
 
 class ObjectiveValue(NamedTuple):
@@ -89,9 +90,10 @@ class ContrastiveObjective:
         if not self.loss.mask_duplicates:
             hashes = None
         # 1. Numbers of rows, and hashes.
-        rows_per_rank, hashes_per_rank = self._tell_rows(
-            len(queries_bd), len(negatives_nd), hashes, device
-        )
+        with phase("gather"):
+            rows_per_rank, hashes_per_rank = self._tell_rows(
+                len(queries_bd), len(negatives_nd), hashes, device
+            )
         num_rows = sum(b for b, _ in rows_per_rank)
         if num_rows == 0:
             raise UserError("the global batch has no pairs; all of its records were skipped")
@@ -100,18 +102,20 @@ class ContrastiveObjective:
             false_negatives = FalseNegatives(hashes_per_rank, rank=world.rank, device=device)
         # 2. Columns.
         columns_nd = torch.cat([documents_bd, negatives_nd]) if len(negatives_nd) else documents_bd
-        columns = self.collectives.gather_rows(columns_nd, [b + n for b, n in rows_per_rank])
+        with phase("gather"):
+            columns = self.collectives.gather_rows(columns_nd, [b + n for b, n in rows_per_rank])
         # 3. Loss.
         first_column = sum(columns.counts[: world.rank])
-        result = self.loss.sum_over_rows(
-            queries_bd,
-            columns.rows,
-            torch.arange(first_column, first_column + len(queries_bd), device=device),
-            symmetric=symmetric,
-            false_negatives=false_negatives,
-            combine=self.collectives.combine,
-        )
-        loss, accuracy = result.totals / num_rows
+        with phase("loss"):
+            result = self.loss.sum_over_rows(
+                queries_bd,
+                columns.rows,
+                torch.arange(first_column, first_column + len(queries_bd), device=device),
+                symmetric=symmetric,
+                false_negatives=false_negatives,
+                combine=self.collectives.combine,
+            )
+            loss, accuracy = result.totals / num_rows
         return ObjectiveValue(result.loss_sum / (num_rows / world.size), loss, accuracy)
 
     def _tell_rows(

@@ -18,6 +18,7 @@ from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.modules import OptimizedModules, missing_gradients_are_zeros
 from largebatch.parallel.strategy import Backward
+from largebatch.phases import phase
 
 
 class ReplicatedModel(OptimizedModules):
@@ -75,7 +76,8 @@ def one_reduction(parameters: Sequence[nn.Parameter], collectives: Collectives) 
     """
     yield
     if collectives.world.size > 1:
-        average_gradients([p for p in parameters if p.requires_grad], collectives.world.size)
+        with phase("sync"):
+            average_gradients([p for p in parameters if p.requires_grad], collectives.world.size)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ by, so the engine never clips by its own.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from largebatch.parallel.modules import (
 )
 from largebatch.parallel.optimizer import make_optimizer, set_learning_rate
 from largebatch.parallel.strategy import Backward
+from largebatch.phases import phase
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -107,7 +108,8 @@ class DeepSpeedModel:
             if self.stage == 0:
                 with self.engine.no_sync(), missing_gradients_are_zeros(self.encoder_parameters):
                     yield self._backward
-                self.engine.allreduce_gradients()
+                with phase("sync"):
+                    self.engine.allreduce_gradients()
             elif self.stage == 3:
                 with self._one_flush():
                     yield self._backward
@@ -120,7 +122,8 @@ class DeepSpeedModel:
     def _one_flush(self) -> Iterator[None]:
         flushes = [f"_flush_coalesced_reduction_{stages}" for stages in ("zero12", "zero3")]
         try:
-            with self.engine.coalesce_grad_reduction():
+            with ExitStack() as stack:
+                stack.enter_context(self.engine.coalesce_grad_reduction())
                 try:
                     yield
                 except BaseException:
@@ -128,6 +131,8 @@ class DeepSpeedModel:
                     for name in flushes:
                         setattr(self.engine, name, lambda _: None)
                     raise
+                with phase("sync"):
+                    stack.close()
         finally:
             for name in flushes:
                 self.engine.__dict__.pop(name, None)

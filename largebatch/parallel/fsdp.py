@@ -69,7 +69,10 @@ class FullyShardedModel(OptimizedModules):
 
     @contextmanager
     def gradient_pass(self) -> Iterator[Backward]:
-        """Run a step's backward passes inside; the last reduces the sum of their gradients."""
+        """Run a step's backward passes inside; the last reduces the sum of their gradients.
+
+        So that reduction is part of the phase `replay`, not of `sync`.
+        """
         with (
             missing_gradients_are_zeros(self.parameters),
             one_reduction(self.loss_parameters, self.collectives),

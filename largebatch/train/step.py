@@ -15,6 +15,7 @@ from largebatch.batch import RankBatch
 from largebatch.config import TrainConfig
 from largebatch.gradcache import GradCache, StepReport
 from largebatch.parallel.strategy import Strategy
+from largebatch.phases import phase
 from largebatch.train.optim import learning_rate
 
 
@@ -45,8 +46,9 @@ def train_step(
         symmetric=batch.symmetric,
         ids=batch.ids,
     )
-    grad_norm = strategy.clip_gradients(config.optim.clip_norm)
-    strategy.step(rate)
-    strategy.zero_grad()
-    grad_cache.loss.temperature.clamp_()
+    with phase("optimizer"):
+        grad_norm = strategy.clip_gradients(config.optim.clip_norm)
+        strategy.step(rate)
+        strategy.zero_grad()
+        grad_cache.loss.temperature.clamp_()
     return StepResult(report, grad_norm, rate)

@@ -26,6 +26,7 @@ from largebatch.parallel.process_group import (
     world_from_environment,
 )
 from largebatch.parallel.strategy import make_strategy
+from largebatch.phases import phase
 from largebatch.train.build import build_encoder, build_loss
 from largebatch.train.checkpoint import (
     Best,
@@ -191,7 +192,7 @@ class _Run:
         meter = StepMeter(self.device, self.collectives, config, self.elapsed_before_s)
         batches = self.feed.batches(self.encoder.tokenizer, self.encoder.text)
         for step in range(self.first_step + 1, config.max_steps + 1):
-            with meter.waiting_for_data():
+            with meter.waiting_for_data(), phase("data"):
                 batch = next(batches)
             if self.tokens_per_chunk is None:
                 with meter.paused():
