@@ -107,7 +107,9 @@ def measure(
             texts[:twice] = texts[m - twice : m].clone()
             of_documents, of_queries = texts.split(m)
             hashes = [
-                PairHashes(of_queries[rows], of_documents[rows], texts[:0])
+                PairHashes(
+                    *(side.numpy() for side in (of_queries[rows], of_documents[rows], texts[:0]))
+                )
                 for rows in (slice(0, b), slice(b, m))  # this rank's, and all others'
             ]
         queries.requires_grad_()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from largebatch.batch import Texts
+from largebatch.config import KEEPS
 from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
 from largebatch.model.keep import LEVELS, LevelCost, RandomState
@@ -56,6 +57,11 @@ class KeepPlan(NamedTuple):
                     chosen[number] = level
         return chosen
 
+    def held_bytes(self, chosen: Sequence[str], chunk_tokens: Sequence[int]) -> int:
+        """Return what chunks at these levels hold from the forward to the backward passes."""
+        costs = (self.costs[level].bytes_per_token for level in chosen)
+        return int(sum(cost * n for cost, n in zip(costs, chunk_tokens, strict=True)))
+
     def units(self, chosen: Sequence[str], chunk_tokens: Sequence[int]) -> float:
         """Return the units of work of a step: forward 1, backward 2, and what is computed again."""
         total = max(sum(chunk_tokens), 1)
@@ -76,13 +82,98 @@ class KeepPlan(NamedTuple):
         costs = {level: LevelCost(*cost) for level, cost in values["costs"].items()}
         return cls(costs, values["budget_bytes"])
 
-    def agreed(self, collectives: Collectives, device: torch.device) -> "KeepPlan":
+    def agreed(self, collectives: Collectives) -> "KeepPlan":
         """Return the highest costs and the lowest budget of all ranks, which all must call."""
         budget = float("inf") if self.budget_bytes is None else float(self.budget_bytes)
         numbers = [*(number for level in LEVELS for number in self.costs[level]), -budget]
-        agreed = collectives.max(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
+        agreed = collectives.max(torch.tensor(numbers, dtype=torch.float64)).tolist()
         costs = {level: LevelCost(*agreed[2 * i : 2 * i + 2]) for i, level in enumerate(LEVELS)}
         return KeepPlan(costs, None if agreed[-1] == -float("inf") else int(-agreed[-1]))
+
+
+class StepMemory:
+    """How much memory a step takes: what was asked for, and what it has come to.
+
+    Args:
+        tokens_per_chunk: See GradCache. None: not chosen yet.
+        keep: See GradCache.
+        keep_gib: See GradCache.
+
+    Raises:
+        UserError: One of them is not what it must be.
+    """
+
+    def __init__(self, tokens_per_chunk: int | None, keep: str, keep_gib: float | None) -> None:
+        if tokens_per_chunk is not None and tokens_per_chunk < 1:
+            raise UserError(f"tokens_per_chunk={tokens_per_chunk} must be at least 1")
+        if keep not in KEEPS:
+            raise UserError(f"keep={keep!r} is not one of {', '.join(KEEPS)}")
+        if keep_gib is not None and keep_gib < 0:
+            raise UserError(f"keep_gib={keep_gib} must be at least 0")
+        self.tokens_per_chunk = tokens_per_chunk
+        self.keep = keep
+        self.keep_gib = keep_gib
+        self.keep_plan: KeepPlan | None = None
+        """What the first step measured; None if there was nothing to decide."""
+
+    @property
+    def must_be_measured(self) -> bool:
+        """Whether `levels` needs a plan that is not there yet."""
+        is_given = self.keep in ("none", "all") and self.keep_gib is None
+        return not is_given and self.keep_plan is None
+
+    def budget_bytes(self, encoder: Encoder, costs: dict[str, LevelCost]) -> int | None:
+        """Return what may be held for the backward pass; None: as much as it takes."""
+        if self.keep_gib is not None:
+            return int(self.keep_gib * GIB)
+        if self.keep != "auto":
+            return None
+        assert self.tokens_per_chunk is not None
+        return measured_budget(encoder, costs, self.tokens_per_chunk)
+
+    def levels(self, chunk_tokens: Sequence[int]) -> list[str]:
+        """Return what each chunk keeps."""
+        if self.keep_plan is None:
+            return [self.keep] * len(chunk_tokens)
+        return self.keep_plan.levels(self.keep, chunk_tokens)
+
+    def units(self, passes: Sequence[tuple[str, int]]) -> float:
+        """Return the units of work of a step whose chunks had these levels and tokens."""
+        if self.keep_plan is None:
+            return 4.0 if any(level == "none" for level, _ in passes) else 3.0
+        return self.keep_plan.units([level for level, _ in passes], [n for _, n in passes])
+
+    def take_less(self, held: Sequence[tuple[str, int]], *, most_texts: int) -> bool:
+        """Take less from here on, on this rank; return whether that is possible.
+
+        Args:
+            held: Levels and tokens of the chunks in memory when it ran out.
+            most_texts: Texts in the largest of them.
+        """
+        assert self.tokens_per_chunk is not None
+        if any(level != "none" for level, _ in held):
+            if self.keep_plan is None:
+                self.keep = "none"
+                log.warning("out of memory with keep=all: going on with keep=none (see keep_gib)")
+            else:
+                half = self.keep_plan.held_bytes(*zip(*held, strict=True)) // 2
+                self.keep_plan = self.keep_plan._replace(budget_bytes=half)
+                log.warning("out of memory: keeping %.2f GiB at most from here on", half / GIB)
+            return True
+        if most_texts <= 1:
+            return False
+        self.tokens_per_chunk = max(self.tokens_per_chunk // 2, 1)
+        log.warning("out of memory: going on with tokens_per_chunk=%d", self.tokens_per_chunk)
+        return True
+
+    def ran_out(self) -> str:
+        """Return what to tell the user where memory ran out and no less can be taken."""
+        less = max((self.tokens_per_chunk or 2) // 2, 1)
+        return (
+            f"a step ran out of memory (tokens_per_chunk={self.tokens_per_chunk}, keep={self.keep})"
+            f": use tokens_per_chunk={less}, a lower keep or keep_gib, or shorter texts; the same "
+            "command goes on from the last checkpoint"
+        )
 
 
 def measured_budget(encoder: Encoder, costs: dict[str, LevelCost], tokens_per_chunk: int) -> int:
@@ -144,7 +235,7 @@ def choose_tokens_per_chunk(
         rate, all_in_one = _tokens_per_s(encoder, texts, size, strategy, tries)
         # The slowest rank decides, and one that is out of memory is infinitely slow.
         worst = torch.tensor([-rate, -float(all_in_one)], dtype=torch.float64)
-        slowest, missing = (-collectives.max(worst.to(encoder.device))).tolist()
+        slowest, missing = (-collectives.max(worst)).tolist()
         if slowest > 1.02 * best_rate:
             best, best_rate = size, slowest
         if slowest == 0 or missing == 1:

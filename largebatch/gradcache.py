@@ -14,23 +14,26 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from largebatch.batch import Chunk, Texts
-from largebatch.budget import GIB, KeepPlan, measured_budget
-from largebatch.config import KEEPS
-from largebatch.data.chunks import distinct_texts
+from largebatch.budget import KeepPlan, StepMemory, choose_tokens_per_chunk
+from largebatch.data.chunks import DistinctTexts, Rows, distinct_texts
 from largebatch.errors import UserError
 from largebatch.losses.infonce import ContrastiveLoss
+from largebatch.losses.masks import PairHashes
 from largebatch.model.encoder import Encoder
 from largebatch.model.keep import RandomState, embed_keeping, measure_levels
-from largebatch.objective import ContrastiveObjective, ObjectiveValue, hash_pairs
+from largebatch.objective import ContrastiveObjective, hash_pairs
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import backward as backward_locally
 from largebatch.parallel.ddp import one_reduction
 from largebatch.parallel.strategy import Backward, Strategy
+from largebatch.passes import EmbeddedChunk, PlannedChunk, Sending, filler, plan, push
 from largebatch.phases import phase
+from largebatch.transfer import to_device
 
 TextList = Sequence[str] | Sequence[Sequence[int]] | Texts
 """Texts, token lists, or packed tokens."""
@@ -58,18 +61,6 @@ class StepReport(NamedTuple):
     kept, 3 with everything."""
 
 
-class _Pass(NamedTuple):
-    """A chunk on its way through a step."""
-
-    chunk: Chunk
-    rows_n: Tensor
-    """`[n]`, which of the rank's embeddings it makes; none for a chunk that only fills up."""
-    level: str
-    state: RandomState
-    embeddings_nd: Tensor
-    """With a graph unless the level is none."""
-
-
 class GradCache:
     """Puts the gradient of a global batch into `.grad` of an encoder and of a loss's temperature.
 
@@ -77,7 +68,8 @@ class GradCache:
         encoder: Embeds one chunk.
         loss: Contrasts the embeddings.
         tokens_per_chunk: Most tokens, padding included, that go through the encoder at once: what
-            memory is spent on. The result doesn't depend on it, but for rounding.
+            memory is spent on. The result doesn't depend on it, but for rounding. None: the fastest
+            of a few sizes, tried in the first step. Halved where memory runs out.
         keep: What the first pass keeps for the backward pass. "none" embeds each chunk a second
             time, in the memory of one chunk. "layers" keeps a little of each layer and saves a
             third of that work, "products" keeps what is expensive to compute and saves all but a
@@ -93,7 +85,7 @@ class GradCache:
 
     Raises:
         UserError: An option is not what it must be; when called: "auto" without a GPU and
-            without `keep_gib`.
+            without `keep_gib`, or a single text that is too much for the memory.
     """
 
     def __init__(
@@ -101,26 +93,17 @@ class GradCache:
         encoder: Encoder,
         loss: ContrastiveLoss,
         *,
-        tokens_per_chunk: int = 16384,
+        tokens_per_chunk: int | None = 16384,
         keep: str = "none",
         keep_gib: float | None = None,
         strategy: Strategy | None = None,
     ) -> None:
-        if tokens_per_chunk < 1:
-            raise UserError(f"tokens_per_chunk={tokens_per_chunk} must be at least 1")
-        if keep not in KEEPS:
-            raise UserError(f"keep={keep!r} is not one of {', '.join(KEEPS)}")
-        if keep_gib is not None and keep_gib < 0:
-            raise UserError(f"keep_gib={keep_gib} must be at least 0")
         self.encoder = encoder
         self.loss = loss
-        self.tokens_per_chunk = tokens_per_chunk
-        self.keep = keep
-        self.keep_gib = keep_gib
+        self.memory = StepMemory(tokens_per_chunk, keep, keep_gib)
+        """How much a step takes: what was chosen, measured or halved. A run that is resumed sets it
+        again, so that it goes on with the same numbers."""
         self.strategy = strategy
-        self.keep_plan: KeepPlan | None = None
-        """What the first step measured and decided. A run that is resumed sets it again (see
-        `KeepPlan.to_dict`), so that it goes on with the same numbers."""
         self.collectives = Collectives()
         self.objective = ContrastiveObjective(loss, self.collectives)
 
@@ -162,38 +145,89 @@ class GradCache:
         if sizes[0] != sizes[1]:
             raise UserError(f"{sizes[0]} queries need as many documents, got {sizes[1]}")
         texts = Texts.concatenate(sides)
+        if self.memory.tokens_per_chunk is None:
+            self.choose_tokens_per_chunk(texts)
+        hashes = (
+            hash_pairs(sides[0], sides[1], sides[2], ids) if self.loss.mask_duplicates else None
+        )
         distinct = distinct_texts(texts, sizes[0])
-        chunks, rows = self._chunks(distinct.texts)
+        before = RandomState.of(self.encoder.device)
+        parameters = [*self.encoder.parameters(), *self.loss.parameters()]
+        can_redo = self._can_redo and all(p.grad is None for p in parameters)
+        while True:
+            try:
+                return self._step(sizes, texts, distinct, hashes, symmetric, can_redo=can_redo)
+            except _OutOfMemoryError:
+                pass
+            # Out here nothing holds the graphs any more.
+            for parameter in parameters:
+                parameter.grad = None
+            before.restore()
+
+    @property
+    def tokens_per_chunk(self) -> int | None:
+        """Most tokens of a chunk, as they are now: None before they are chosen, halved since."""
+        return self.memory.tokens_per_chunk
+
+    def choose_tokens_per_chunk(self, texts: Texts) -> int:
+        """Set the tokens per chunk to the fastest for such texts, and return them.
+
+        All ranks must call it.
+        """
+        chosen = choose_tokens_per_chunk(self.encoder, texts, strategy=self.strategy)
+        self.memory.tokens_per_chunk = chosen
+        return chosen
+
+    def _step(
+        self,
+        sizes: list[int],
+        texts: Texts,
+        distinct: DistinctTexts,
+        hashes: PairHashes | None,
+        symmetric: bool | None,
+        *,
+        can_redo: bool,
+    ) -> StepReport:
+        b, _, n = sizes
+        device = self.encoder.device
+        num_distinct = distinct.texts.num_texts
+        # While chunks without columns are embedded, those with columns are sent already.
+        sends_early = self.collectives.world.size > 1 and not self._needs_equal_chunks
+        chunks = self._plan(
+            distinct.texts,
+            np.arange(num_distinct),
+            columns=distinct.places[b:] if sends_early else None,
+        )
+        with phase("gather"):
+            rows = self.objective.tell(b, n, hashes, num_chunks=len(chunks))
+        if self._needs_equal_chunks:
+            chunks += [filler(self.encoder)] * (rows.most_chunks - len(chunks))
 
         # 1. Embed.
         embeddings_ud = torch.empty(
-            distinct.texts.num_texts,
-            self.encoder.embedding_width,
-            dtype=self.encoder.dtype,
-            device=self.encoder.device,
+            num_distinct, self.encoder.embedding_width, dtype=self.encoder.dtype, device=device
         )
-        with phase("embed"):
-            passes = self._embed(chunks, rows, embeddings_ud)
+        places_n = to_device(distinct.places, device)
+        sending = None
+        if sends_early:
+            sending = Sending(self.collectives, rows.columns, embeddings_ud, distinct.places[b:])
+        passes = self._embed(distinct.texts, chunks, embeddings_ud, sending)
 
         # 2. Loss, and its gradient with respect to the embeddings.
         leaf_ud = embeddings_ud.requires_grad_()
-        embeddings_nd = leaf_ud
-        if distinct.texts.num_texts < texts.num_texts:
-            embeddings_nd = leaf_ud[torch.from_numpy(distinct.places).to(self.encoder.device)]
-        value: ObjectiveValue = self.objective(
+        embeddings_nd = leaf_ud[places_n] if num_distinct < texts.num_texts else leaf_ud
+        value = self.objective(
             *embeddings_nd.split(sizes),
+            rows=rows,
+            columns=None if sending is None else sending.started,
             symmetric=symmetric,
-            hashes=hash_pairs(sides[0], sides[1], sides[2], ids)
-            if self.loss.mask_duplicates
-            else None,
         )
         with self._gradient_pass() as backward:
             with phase("loss"):
                 value.rank_loss.backward()
             assert leaf_ud.grad is not None
             # 3. Push it into the weights.
-            with phase("replay"):
-                _push(passes, leaf_ud.grad, self._forward, backward)
+            self._push(passes, leaf_ud.grad, backward, can_redo=can_redo)
             # 4. Leaving the context averages the gradients over ranks.
 
         own = [one for one in passes if len(one.rows_n)]
@@ -203,9 +237,9 @@ class GradCache:
             embeddings_finite=embeddings_ud.detach().isfinite().all(),
             num_tokens=int(texts.lengths.sum()),
             num_encoded_tokens=int(distinct.texts.lengths.sum()),
-            num_padded_tokens=sum(one.chunk.input_ids.numel() for one in own),
+            num_padded_tokens=sum(one.num_tokens for one in own),
             num_chunks=len(own),
-            units=self._units(passes),
+            units=self.memory.units([(one.level, one.num_tokens) for one in passes]),
         )
 
     @property
@@ -216,93 +250,122 @@ class GradCache:
     def _needs_equal_chunks(self) -> bool:
         return self.strategy is not None and self.strategy.equal_chunks
 
+    @property
+    def _can_redo(self) -> bool:
+        return self.strategy is None or self.strategy.can_redo
+
     def _gradient_pass(self) -> AbstractContextManager[Backward]:
         if self.strategy is not None:
             return self.strategy.gradient_pass()
         return _averaged([*self.encoder.parameters(), *self.loss.parameters()], self.collectives)
 
-    def _chunks(self, texts: Texts) -> tuple[list[Chunk], list[Tensor]]:
-        """Return the chunks and the rows of each, on the device.
+    def _plan(self, texts: Texts, rows: Rows, columns: Rows | None) -> list[PlannedChunk]:
+        assert self.memory.tokens_per_chunk is not None
+        return plan(self.encoder, texts, rows, self.memory.tokens_per_chunk, first=columns)
 
-        Where all ranks need as many, those that have fewer get chunks of one token and no rows.
-        """
-        device = self.encoder.device
-        plan, chunks = self.encoder.make_chunks(texts, self.tokens_per_chunk)
-        rows = [torch.from_numpy(rows_n).to(device) for rows_n in plan]
-        if self._needs_equal_chunks:
-            most = int(self.collectives.max(torch.tensor([len(chunks)], device=device)))
-            for _ in range(most - len(chunks)):
-                chunks.append(self._filler())
-                rows.append(torch.empty(0, dtype=torch.int64, device=device))
-        return chunks, rows
-
-    def _embed(
-        self, chunks: Sequence[Chunk], rows: Sequence[Tensor], embeddings_ud: Tensor
-    ) -> list[_Pass]:
-        """Fill in the embeddings and return what is known of each chunk.
-
-        Where `auto` took more memory than there is, it tries again with half of it.
-        """
-        before = RandomState.of(self.encoder.device)
-        while True:
-            levels = self._levels(chunks)
-            try:
-                return self._embed_at(levels, chunks, rows, embeddings_ud)
-            except torch.OutOfMemoryError:
-                # Ranks that must do the same can't know of it in the midst of their passes.
-                if self.keep != "auto" or set(levels) <= {"none"} or self._needs_equal_chunks:
-                    raise
-            # Here, outside of the handler, nothing holds the graphs any more.
-            assert self.keep_plan is not None
-            assert self.keep_plan.budget_bytes is not None
-            self.keep_plan = self.keep_plan._replace(budget_bytes=self.keep_plan.budget_bytes // 2)
-            before.restore()
-
-    def _embed_at(
-        self,
-        levels: Sequence[str],
-        chunks: Sequence[Chunk],
-        rows: Sequence[Tensor],
-        embeddings_ud: Tensor,
-    ) -> list[_Pass]:
-        passes = []
-        for chunk, rows_n, level in zip(chunks, rows, levels, strict=True):
-            state = RandomState.of(self.encoder.device)
-            chunk_embeddings_nd = embed_keeping(self._forward, chunk, level)
-            embeddings_ud[rows_n] = chunk_embeddings_nd.detach()[: len(rows_n)]
-            passes.append(_Pass(chunk, rows_n, level, state, chunk_embeddings_nd))
-        return passes
-
-    def _filler(self) -> Chunk:
-        one_token = Texts.from_lists([[self.encoder.pad_id]])
-        return self.encoder.make_chunks(one_token, 1)[1][0]
-
-    def _levels(self, chunks: Sequence[Chunk]) -> list[str]:
+    def _levels(self, chunks: Sequence[PlannedChunk]) -> list[str]:
         """Return what each chunk keeps; the first step measures what that costs."""
-        if self.keep in ("none", "all") and self.keep_gib is None:
-            return [self.keep] * len(chunks)
-        if self.keep_plan is None:
-            self.keep_plan = self._measure(chunks)
-        tokens = [chunk.input_ids.numel() for chunk in chunks]
+        if self.memory.must_be_measured:
+            self.memory.keep_plan = self._measure(chunks)
+        tokens = [planned.num_tokens for planned in chunks]
         if self._needs_equal_chunks:
             # Ranks differ in their chunks' tokens, but must keep the same ones.
-            tokens = [self.tokens_per_chunk] * len(chunks)
-        return self.keep_plan.levels(self.keep, tokens)
+            assert self.memory.tokens_per_chunk is not None
+            tokens = [self.memory.tokens_per_chunk] * len(chunks)
+        return self.memory.levels(tokens)
 
-    def _measure(self, chunks: Sequence[Chunk]) -> KeepPlan:
-        chunk = chunks[0] if chunks else self._filler()
+    def _measure(self, chunks: Sequence[PlannedChunk]) -> KeepPlan:
+        chunk = (chunks[0] if chunks else filler(self.encoder)).chunk
         with RandomState.of(self.encoder.device).replayed():
             costs = measure_levels(self._forward, chunk, list(self.encoder.parameters()))
-        budget = None if self.keep_gib is None else int(self.keep_gib * GIB)
-        if budget is None and self.keep == "auto":
-            budget = measured_budget(self.encoder, costs, self.tokens_per_chunk)
-        return KeepPlan(costs, budget).agreed(self.collectives, self.encoder.device)
+        budget = self.memory.budget_bytes(self.encoder, costs)
+        return KeepPlan(costs, budget).agreed(self.collectives)
 
-    def _units(self, passes: Sequence[_Pass]) -> float:
-        levels = [one.level for one in passes]
-        if self.keep_plan is None:  # All at none, or all at all.
-            return 4.0 if "none" in levels else 3.0
-        return self.keep_plan.units(levels, [one.chunk.input_ids.numel() for one in passes])
+    def _embed(
+        self,
+        texts: Texts,
+        chunks: Sequence[PlannedChunk],
+        embeddings_ud: Tensor,
+        sending: Sending | None,
+    ) -> list[EmbeddedChunk]:
+        """Fill in the embeddings and return what is known of each chunk.
+
+        Where memory runs out, the chunks that are left are cut smaller, and nothing is kept.
+        """
+        passes: list[EmbeddedChunk] = []
+        left = list(zip(chunks, self._levels(chunks), strict=True))
+        while left:
+            (planned, level), *after = left
+            state = RandomState.of(self.encoder.device)
+            one = self._embed_one(planned, level, state, embeddings_ud)
+            if one is None:
+                state.restore()
+                held = [
+                    *((one.level, one.num_tokens) for one in passes),
+                    (level, planned.num_tokens),
+                ]
+                if not self.memory.take_less(held, most_texts=len(planned.rows)):
+                    raise UserError(self.memory.ran_out())
+                passes = [one.forgotten() for one in passes]
+                rows = np.concatenate([planned.rows for planned, _ in left])
+                columns = None if sending is None else sending.places
+                left = [(planned, "none") for planned in self._plan(texts, rows, columns)]
+                continue
+            passes.append(one)
+            left = after
+            if sending is not None:
+                sending.start_if_complete([planned for planned, _ in left])
+        return passes
+
+    def _embed_one(
+        self, planned: PlannedChunk, level: str, state: RandomState, embeddings_ud: Tensor
+    ) -> EmbeddedChunk | None:
+        """Return an embedded chunk; None: memory ran out."""
+        rows_n = to_device(planned.rows, self.encoder.device)
+        try:
+            with phase("embed"):
+                embeddings_nd = embed_keeping(self._forward, planned.chunk, level)
+                embeddings_ud[rows_n] = embeddings_nd.detach()[: len(rows_n)]
+        except torch.OutOfMemoryError:
+            # Ranks that must do the same can't know of it in the midst of their passes.
+            if self._needs_equal_chunks:
+                raise UserError(self.memory.ran_out()) from None
+            return None
+        return EmbeddedChunk(planned.chunk, rows_n, level, state, embeddings_nd)
+
+    def _push(
+        self,
+        passes: Sequence[EmbeddedChunk],
+        gradients_ud: Tensor,
+        backward: Backward,
+        *,
+        can_redo: bool,
+    ) -> None:
+        """Push the embeddings' gradients into the weights.
+
+        Where memory runs out on any rank, all must embed again: what that rank has pushed can't be
+        told from what it has not, and smaller chunks have other dropout masks.
+        """
+        out_of_memory = False
+        try:
+            with phase("replay"):
+                push(passes, gradients_ud, self._forward, backward)
+        except torch.OutOfMemoryError:
+            out_of_memory = True
+        if not can_redo:
+            if out_of_memory:
+                raise UserError(self.memory.ran_out())
+            return
+        hopeless = out_of_memory and not self.memory.take_less(
+            [(one.level, one.num_tokens) for one in passes],
+            most_texts=max(len(one.rows_n) for one in passes),
+        )
+        with phase("sync"):
+            worst = self.collectives.highest(out_of_memory + hopeless)
+        if worst == 2:
+            raise UserError(self.memory.ran_out())
+        if worst == 1:
+            raise _OutOfMemoryError
 
     def _tokens(self, texts: TextList, side: str) -> Texts:
         if isinstance(texts, Texts):
@@ -314,30 +377,8 @@ class GradCache:
         return Texts.from_lists(texts)  # type: ignore[arg-type]
 
 
-def _push(
-    passes: Sequence[_Pass],
-    gradients_ud: Tensor,
-    forward: Callable[[Chunk], Tensor],
-    backward: Backward,
-) -> None:
-    """Push the gradients of all embeddings into the weights."""
-    kept = [one for one in passes if one.level != "none"]
-    replayed = [one for one in passes if one.level == "none"]
-    backward(
-        [one.embeddings_nd for one in kept],
-        [_gradient_of(one, gradients_ud) for one in kept],
-        last=not replayed,
-    )
-    for number, one in enumerate(replayed, start=1):
-        with one.state.replayed():
-            embeddings_nd = forward(one.chunk)
-        backward([embeddings_nd], [_gradient_of(one, gradients_ud)], last=number == len(replayed))
-
-
-def _gradient_of(one: _Pass, gradients_ud: Tensor) -> Tensor:
-    if len(one.rows_n) == 0:
-        return torch.zeros_like(one.embeddings_nd)
-    return gradients_ud[one.rows_n]
+class _OutOfMemoryError(Exception):
+    """Memory ran out on some rank; all do the step again, that rank with less of it."""
 
 
 @contextmanager

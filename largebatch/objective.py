@@ -8,7 +8,7 @@ the mean over the global batch, for the weights and for the temperature at once.
 What ranks tell each other, once per step however many tiles there are:
 
 1. how many rows each has, with the hashes of their texts: an all-gather of integers (a second one
-   where a rank has more of them than any had before);
+   where a rank has more of them than any had before), from host to host;
 2. the embeddings of documents and negatives: an all-gather, and a reduce-scatter of their gradient;
 3. the loss and the number of correct rows: an all-reduce of two numbers. With a symmetric loss the
    columns' statistics go with it, after another all-reduce that finds their maxima.
@@ -17,6 +17,7 @@ What ranks tell each other, once per step however many tiles there are:
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from largebatch.data.hashes import id_hashes, text_hashes
 from largebatch.errors import UserError
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.masks import FalseNegatives, PairHashes
-from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.collectives import Collectives, Gathering
 from largebatch.phases import phase
 
 
@@ -40,15 +41,31 @@ class ObjectiveValue(NamedTuple):
     """Scalar, the share of the global batch's queries whose own document scores highest."""
 
 
+class RowsOfRanks(NamedTuple):
+    """What ranks have told each other of a global batch before it is embedded."""
+
+    counts: list[tuple[int, int]]
+    """Queries, and negatives, of each rank."""
+    hashes: list[PairHashes]
+    """Of each rank; empty if none has told them."""
+    most_chunks: int
+    """The most that any rank has."""
+
+    @property
+    def columns(self) -> list[int]:
+        """Documents and negatives of each rank."""
+        return [b + n for b, n in self.counts]
+
+
 def hash_pairs(
     queries: Texts, documents: Texts, negatives: Texts, ids: Sequence[str] | None = None
 ) -> PairHashes:
     """Return the hashes of one rank's texts, and of its records' ids if they are known."""
     return PairHashes(
-        torch.from_numpy(text_hashes(queries)),
-        torch.from_numpy(text_hashes(documents)),
-        torch.from_numpy(text_hashes(negatives)),
-        None if ids is None else torch.from_numpy(id_hashes(ids)),
+        text_hashes(queries),
+        text_hashes(documents),
+        text_hashes(negatives),
+        None if ids is None else id_hashes(ids),
     )
 
 
@@ -64,14 +81,49 @@ class ContrastiveObjective:
         self.loss = loss
         self.collectives = collectives
 
+    def tell(
+        self, num_pairs: int, num_negatives: int, hashes: PairHashes | None, *, num_chunks: int = 0
+    ) -> RowsOfRanks:
+        """Tell all ranks what this one has, and return what they have; all ranks must call it.
+
+        Args:
+            num_pairs: Queries of this rank; may be 0.
+            num_negatives: Further documents; may be 0.
+            hashes: Of their texts, for leaving out false negatives. All ranks give them, with ids
+                or all without, or none does.
+            num_chunks: Chunks of this rank.
+
+        Raises:
+            UserError: No rank has a query.
+        """
+        values = [np.array([num_pairs, num_negatives, num_chunks])]
+        if hashes is not None:
+            sides = [hashes.queries, hashes.documents, hashes.negatives]
+            assert [len(side) for side in sides] == [num_pairs, num_pairs, num_negatives]
+            values += sides if hashes.ids is None else [*sides, hashes.ids]
+        counts, hashes_per_rank, most_chunks = [], [], 0
+        for told in self.collectives.gather_ragged(np.concatenate(values)):
+            b, n, chunks = told[:3].tolist()
+            counts.append((b, n))
+            most_chunks = max(most_chunks, chunks)
+            if hashes is not None:
+                queries, documents, negatives, ids = np.split(told[3:], [b, 2 * b, 2 * b + n])
+                assert len(ids) == (0 if hashes.ids is None else b), "ranks know different things"
+                known = None if hashes.ids is None else ids
+                hashes_per_rank.append(PairHashes(queries, documents, negatives, known))
+        if sum(b for b, _ in counts) == 0:
+            raise UserError("the global batch has no pairs; all of its records were skipped")
+        return RowsOfRanks(counts, hashes_per_rank, most_chunks)
+
     def __call__(
         self,
         queries_bd: Tensor,
         documents_bd: Tensor,
         negatives_nd: Tensor,
         *,
+        rows: RowsOfRanks,
+        columns: Gathering | None = None,
         symmetric: bool | None = None,
-        hashes: PairHashes | None = None,
     ) -> ObjectiveValue:
         """Return the loss. All ranks must call it; b and n may differ between them, and be 0.
 
@@ -79,61 +131,29 @@ class ContrastiveObjective:
             queries_bd: This rank's queries.
             documents_bd: Their documents.
             negatives_nd: Further documents.
+            rows: What `tell` returned for these rows. Hashes leave out false negatives.
+            columns: The gathering of documents and negatives, if it has begun.
             symmetric: The same on all ranks; None: as the loss says.
-            hashes: Of the texts behind the embeddings, for leaving out false negatives if the loss
-                says so. All ranks give them, with ids or all without, or none does.
-
-        Raises:
-            UserError: No rank has a query.
         """
         world, device = self.collectives.world, queries_bd.device
-        if not self.loss.mask_duplicates:
-            hashes = None
-        # 1. Numbers of rows, and hashes.
-        with phase("gather"):
-            rows_per_rank, hashes_per_rank = self._tell_rows(
-                len(queries_bd), len(negatives_nd), hashes, device
-            )
-        num_rows = sum(b for b, _ in rows_per_rank)
-        if num_rows == 0:
-            raise UserError("the global batch has no pairs; all of its records were skipped")
-        false_negatives = None
-        if hashes_per_rank:
-            false_negatives = FalseNegatives(hashes_per_rank, rank=world.rank, device=device)
         # 2. Columns.
-        columns_nd = torch.cat([documents_bd, negatives_nd]) if len(negatives_nd) else documents_bd
         with phase("gather"):
-            columns = self.collectives.gather_rows(columns_nd, [b + n for b, n in rows_per_rank])
+            own_nd = torch.cat([documents_bd, negatives_nd]) if len(negatives_nd) else documents_bd
+            gathered = self.collectives.gather_rows(own_nd, rows.columns, started=columns)
         # 3. Loss.
-        first_column = sum(columns.counts[: world.rank])
         with phase("loss"):
+            false_negatives = None
+            if rows.hashes:
+                false_negatives = FalseNegatives(rows.hashes, rank=world.rank, device=device)
+            first = sum(gathered.counts[: world.rank])
             result = self.loss.sum_over_rows(
                 queries_bd,
-                columns.rows,
-                torch.arange(first_column, first_column + len(queries_bd), device=device),
+                gathered.rows,
+                torch.arange(first, first + len(queries_bd), device=device),
                 symmetric=symmetric,
                 false_negatives=false_negatives,
                 combine=self.collectives.combine,
             )
+            num_rows = sum(b for b, _ in rows.counts)
             loss, accuracy = result.totals / num_rows
         return ObjectiveValue(result.loss_sum / (num_rows / world.size), loss, accuracy)
-
-    def _tell_rows(
-        self, b: int, n: int, hashes: PairHashes | None, device: torch.device
-    ) -> tuple[list[tuple[int, int]], list[PairHashes]]:
-        """Return the numbers of rows and negatives of each rank, and their hashes if there are."""
-        values = torch.tensor([b, n])
-        if hashes is not None:
-            sides = (hashes.queries, hashes.documents, hashes.negatives)
-            assert [len(side) for side in sides] == [b, b, n]
-            values = torch.cat([values, *sides, *(() if hashes.ids is None else (hashes.ids,))])
-        rows_per_rank, hashes_per_rank = [], []
-        for told in self.collectives.gather_ragged(values, device=device):
-            b, n = told[:2].tolist()
-            rows_per_rank.append((b, n))
-            if hashes is not None:
-                queries, documents, negatives, ids = told[2:].tensor_split([b, 2 * b, 2 * b + n])
-                assert len(ids) == (0 if hashes.ids is None else b), "ranks know different things"
-                known = None if hashes.ids is None else ids
-                hashes_per_rank.append(PairHashes(queries, documents, negatives, known))
-        return rows_per_rank, hashes_per_rank

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from largebatch.batch import Chunk, Packing, Run, Texts
+from largebatch.transfer import to_device
 
 Rows = npt.NDArray[np.intp]
 
@@ -121,11 +122,13 @@ def distinct_texts(texts: Texts, num_pairs: int) -> DistinctTexts:
         index[row] = number
     if len(first) == len(contents):
         return DistinctTexts(texts, index)
-    rows = np.array(first, np.intp)
+    return DistinctTexts(take_texts(texts, np.array(first, np.intp)), index)
+
+
+def take_texts(texts: Texts, rows: Rows) -> Texts:
+    """Return some of the texts, in the order of `rows`."""
     lengths = texts.lengths[rows]
-    return DistinctTexts(
-        Texts(texts.tokens[_token_positions(starts, rows, lengths)], lengths), index
-    )
+    return Texts(texts.tokens[_token_positions(_starts(texts), rows, lengths)], lengths)
 
 
 def _pad(
@@ -142,7 +145,11 @@ def _pad(
     positions = starts[rows][:, None] + columns
     ids = np.full(mask.shape, pad_id, np.int64)
     ids[mask] = texts.tokens[positions[mask]]
-    return Chunk(_to(ids, device), _to(mask.astype(np.int64), device))
+    return Chunk(
+        to_device(ids, device),
+        to_device(mask.astype(np.int64), device),
+        padded=not mask.all(),
+    )
 
 
 def _pack(
@@ -163,11 +170,11 @@ def _pack(
     position_ids = np.arange(len(mask)) - np.repeat(boundaries[:-1], places) + first_position
     different, num_texts = np.unique(places, return_counts=True)
     return Chunk(
-        _to(ids[None], device),
-        _to(mask[None].astype(np.int64), device),
+        to_device(ids[None], device),
+        to_device(mask[None].astype(np.int64), device),
         Packing(
-            _to(position_ids[None], device),
-            _to(boundaries.astype(np.int32), device),
+            to_device(position_ids[None], device),
+            to_device(boundaries.astype(np.int32), device),
             tuple(
                 Run(int(n), int(length))
                 for n, length in zip(num_texts[::-1], different[::-1], strict=True)
@@ -190,10 +197,3 @@ def _token_positions(
 
 def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
-
-
-def _to(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":  # Only from pinned memory does a copy not make the host wait.
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

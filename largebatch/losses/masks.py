@@ -21,20 +21,29 @@ memory that grows with rows and columns and not with their product.
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from largebatch.transfer import to_device
+
+Hashes = npt.NDArray[np.int64]
+
 
 class PairHashes(NamedTuple):
-    """64-bit hashes of the texts of some rows, int64, equal where texts are equal."""
+    """64-bit hashes of the texts of some rows, equal where texts are equal.
 
-    queries: Tensor
+    They stay on the host: what is looked up in them must not wait for the device.
+    """
+
+    queries: Hashes
     """`[b]`"""
-    documents: Tensor
+    documents: Hashes
     """`[b]`, each of the query's document."""
-    negatives: Tensor
+    negatives: Hashes
     """`[n]`"""
-    ids: Tensor | None = None
+    ids: Hashes | None = None
     """`[b]`, hashes of the records' ids; None: nobody knows them."""
 
 
@@ -52,54 +61,54 @@ class FalseNegatives:
         b = len(of_ranks[rank].queries)
         first_row = sum(len(hashes.queries) for hashes in of_ranks[:rank])
         own_rows = slice(first_row, first_row + b)
-        queries_B = torch.cat([hashes.queries for hashes in of_ranks])
-        documents_B = torch.cat([hashes.documents for hashes in of_ranks])
-        columns_m = torch.cat(
+        queries_B = np.concatenate([hashes.queries for hashes in of_ranks])
+        documents_B = np.concatenate([hashes.documents for hashes in of_ranks])
+        columns_m = np.concatenate(
             [h for hashes in of_ranks for h in (hashes.documents, hashes.negatives)]
         )
         first_column = sum(len(h.documents) + len(h.negatives) for h in of_ranks[:rank])
 
         # Number the different texts; what is known of a query goes by its text's number and by a
         # further number for its record. A pair (label, text) is then one integer.
-        texts, numbers = torch.unique(
-            torch.cat([queries_B, documents_B, columns_m]), return_inverse=True
+        texts, numbers = np.unique(
+            np.concatenate([queries_B, documents_B, columns_m]), return_inverse=True
         )
         num_texts = num_labels = max(len(texts), 1)
-        queries_B, documents_B, columns_m = numbers.split(
-            [len(queries_B), len(documents_B), len(columns_m)]
+        queries_B, documents_B, columns_m = np.split(
+            numbers, [len(queries_B), len(queries_B) + len(documents_B)]
         )
         labels_kB = [queries_B]
         known = [queries_B * num_texts + documents_B, queries_B * num_texts + queries_B]
         if all(hashes.ids is not None for hashes in of_ranks):
-            ids = torch.cat([hashes.ids for hashes in of_ranks if hashes.ids is not None])
-            names, ids_B = torch.unique(ids, return_inverse=True)
+            ids = np.concatenate([hashes.ids for hashes in of_ranks if hashes.ids is not None])
+            names, ids_B = np.unique(ids, return_inverse=True)
             labels_kB.append(ids_B + num_texts)
             known.append(labels_kB[1] * num_texts + documents_B)
             num_labels += len(names)
-        known_p = torch.unique(torch.cat(known))
+        known_p = np.unique(np.concatenate(known))
         label_p, text_p = known_p // num_texts, known_p % num_texts
 
         # A label is of interest if this rank has it and it knows a column besides a row's own.
-        columns_of_text = torch.bincount(columns_m, minlength=num_texts)
-        columns_of_label = torch.zeros(num_labels, dtype=torch.int64)
-        columns_of_label.index_add_(0, label_p, columns_of_text[text_p])
-        labels_kb = torch.stack([labels_B[own_rows] for labels_B in labels_kB])
-        wanted = torch.zeros(num_labels, dtype=torch.bool)
+        columns_of_text = np.bincount(columns_m, minlength=num_texts)
+        columns_of_label = np.zeros(num_labels, np.int64)
+        np.add.at(columns_of_label, label_p, columns_of_text[text_p])
+        labels_kb = np.stack([labels_B[own_rows] for labels_B in labels_kB])
+        wanted = np.zeros(num_labels, np.bool_)
         wanted[labels_kb] = columns_of_label[labels_kb] > 1
         wanted_p = wanted[label_p]
-        wanted_text = torch.zeros(num_texts, dtype=torch.bool)
+        wanted_text = np.zeros(num_texts, np.bool_)
         wanted_text[text_p[wanted_p]] = True
 
-        rows = wanted[labels_kb].any(0).nonzero().squeeze(1)
-        columns = wanted_text[columns_m].nonzero().squeeze(1)
+        rows = np.flatnonzero(wanted[labels_kb].any(0))
+        columns = np.flatnonzero(wanted_text[columns_m])
         # Where a tile begins and ends among them is looked up on the host: nothing waits.
-        self._row_numbers, self._column_numbers = rows.numpy(), columns.numpy()
-        self._rows = rows.to(device)
-        self._columns = columns.to(device)
-        self._own_columns = (rows + first_column).to(device)
-        self._row_keys_kr = (labels_kb[:, rows] * num_texts).to(device)
-        self._texts_c = columns_m[columns].to(device)
-        self._known_p = known_p[wanted_p].to(device)
+        self._row_numbers, self._column_numbers = rows, columns
+        self._rows = to_device(rows, device)
+        self._columns = to_device(columns, device)
+        self._own_columns = to_device(rows + first_column, device)
+        self._row_keys_kr = to_device(labels_kb[:, rows] * num_texts, device)
+        self._texts_c = to_device(columns_m[columns], device)
+        self._known_p = to_device(known_p[wanted_p], device)
 
     def in_tile(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return the part of a tile that may be masked, and its mask; None: nothing is masked.

@@ -1,11 +1,16 @@
 """Collectives: everything that ranks tell each other, and the identity where there is one rank.
 
+What hosts need to know travels on CPU tensors, by a backend of its own (gloo): a host then waits
+for other hosts, never for its device.
+
 Shapes: n rows of this rank (they may differ between ranks), N rows of all ranks, d width.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,6 +34,19 @@ class Gathered(NamedTuple):
     """Rows of each rank."""
 
 
+class Gathering(NamedTuple):
+    """An all-gather of rows that is under way."""
+
+    counts: list[int]
+    """Rows of each rank."""
+    sent: Tensor
+    """This rank's rows, and what fills them up to as many as any rank has."""
+    received: Tensor
+    """Those of all ranks, once `work` is done."""
+    work: dist.Work | None
+    """None: there is one rank, which waits for nobody."""
+
+
 class Collectives:
     """Collectives over all ranks of the default process group, or of none.
 
@@ -40,14 +58,11 @@ class Collectives:
         self._active = dist.is_available() and dist.is_initialized()
         rank, size = (dist.get_rank(), dist.get_world_size()) if self._active else (0, 1)
         self.world = World(rank=rank, size=size)
-        self._room = 2  # of gather_ragged; the same on all ranks, since all saw the same numbers
+        self._hosts = _group_of_hosts() if self._active else None
+        self._room = 3  # of gather_ragged; the same on all ranks, since all saw the same numbers
 
-    def gather_ragged(self, values: Tensor, *, device: torch.device) -> list[Tensor]:
-        """Return the values `[k]` of every rank, on the CPU; k may differ between ranks.
-
-        Args:
-            values: Integers, on the CPU.
-            device: Where this process group's tensors live.
+    def gather_ragged(self, values: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """Return the values `[k]` of every rank; k may differ between ranks.
 
         One all-gather with room for as many values as any rank has had yet, and their number. Only
         when a rank has more is there a second one, with more room.
@@ -55,32 +70,61 @@ class Collectives:
         if self.world.size == 1:
             return [values]
         while True:
-            sent = values.new_zeros(1 + self._room)
+            sent = np.zeros(1 + self._room, np.int64)
             sent[0] = len(values)
             fitting = values[: self._room]
             sent[1 : 1 + len(fitting)] = fitting
-            sent = sent.to(device)
-            out = sent.new_empty(self.world.size * len(sent))
-            _all_gather(out, sent)
-            table = out.view(self.world.size, -1).cpu()
+            table = np.empty((self.world.size, len(sent)), np.int64)
+            _all_gather(torch.from_numpy(table).view(-1), torch.from_numpy(sent), group=self._hosts)
             numbers = table[:, 0].tolist()
             if max(numbers) <= self._room:
                 return [row[1 : 1 + k] for row, k in zip(table, numbers, strict=True)]
             self._room = 1 << (max(numbers) - 1).bit_length()
 
-    def gather_rows(self, rows_nd: Tensor, counts: list[int]) -> Gathered:
+    def highest(self, number: int) -> int:
+        """Return the highest of the ranks' numbers."""
+        if self.world.size == 1:
+            return number
+        numbers = np.array([number])
+        dist.all_reduce(torch.from_numpy(numbers), dist.ReduceOp.MAX, group=self._hosts)
+        return int(numbers[0])
+
+    @torch.no_grad()
+    def start_gather(self, rows_nd: Tensor, counts: list[int]) -> Gathering:
+        """Begin to send this rank's rows to all others, and to receive theirs.
+
+        Args:
+            rows_nd: This rank's rows, `counts[rank]` of them; not to be changed before the end.
+            counts: Rows of each rank.
+        """
+        assert len(rows_nd) == counts[self.world.rank]
+        if self.world.size == 1:
+            return Gathering(counts, rows_nd, rows_nd, None)
+        sent, largest = rows_nd.contiguous(), max(counts)
+        if len(rows_nd) < largest:
+            sent = rows_nd.new_zeros((largest, *rows_nd.shape[1:]))
+            sent[: len(rows_nd)] = rows_nd
+        received = sent.new_empty((len(counts) * largest, *rows_nd.shape[1:]))
+        work = _all_gather(received, sent, async_op=True)
+        return Gathering(counts, sent, received, work)
+
+    def gather_rows(
+        self, rows_nd: Tensor, counts: list[int], *, started: Gathering | None = None
+    ) -> Gathered:
         """Return the rows of all ranks, differentiable for all of them.
 
         Args:
             rows_nd: This rank's rows, `counts[rank]` of them.
             counts: Rows of each rank.
+            started: What `start_gather` returned for the same rows. None: it starts here.
 
         One all-gather forward and one reduce-scatter backward, whatever the counts.
         """
-        assert len(rows_nd) == counts[self.world.rank]
+        started = started or self.start_gather(rows_nd.detach(), counts)
+        assert started.counts == counts
         if self.world.size == 1:
             return Gathered(rows_nd, counts)
-        rows = _GatherRows.apply(rows_nd, counts, self.world.rank)  # type: ignore[no-untyped-call]
+        rows = _GatherRows.apply(rows_nd, started, self.world.rank)  # type: ignore[no-untyped-call]
         return Gathered(rows, counts)
 
     def combine(
@@ -115,7 +159,8 @@ class Collectives:
         if self.world.size == 1:
             return values
         highest = values.clone()
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        group = self._hosts if values.device.type == "cpu" else None
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
         return highest
 
     def broadcast_(self, values: Tensor) -> None:
@@ -158,20 +203,22 @@ class Collectives:
         return values
 
 
+def _group_of_hosts() -> dist.ProcessGroup | None:
+    """Return the group for CPU tensors; None: the default group has a backend for them."""
+    if "cpu:" in str(dist.get_backend_config()):
+        return None
+    return dist.new_group(backend="gloo")  # type: ignore[no-any-return]
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_nd: Tensor, counts: list[int], rank: int) -> Tensor:
+    def forward(ctx: Any, rows_nd: Tensor, started: Gathering, rank: int) -> Tensor:  # noqa: ARG004
+        counts, out = started.counts, started.received
         ctx.counts, ctx.rank = counts, rank
-        largest = max(counts)
-        if len(rows_nd) < largest:
-            padded = rows_nd.new_zeros((largest, *rows_nd.shape[1:]))
-            padded[: len(rows_nd)] = rows_nd
-        else:
-            padded = rows_nd.contiguous()
-        out = padded.new_empty((len(counts) * largest, *rows_nd.shape[1:]))
-        _all_gather(out, padded)
+        assert started.work is not None
+        started.work.wait()
         # Close the gaps in place: a second copy of all ranks' rows would be the largest there is.
-        filled = 0
+        filled, largest = 0, max(counts)
         for number, count in enumerate(counts):
             start = number * largest
             if filled < start:

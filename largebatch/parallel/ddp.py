@@ -32,6 +32,7 @@ class ReplicatedModel(OptimizedModules):
     """
 
     equal_chunks = False
+    can_redo = True
 
     def __init__(
         self, encoder: Encoder, loss: ContrastiveLoss, optim: OptimConfig, collectives: Collectives

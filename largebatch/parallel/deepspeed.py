@@ -54,6 +54,8 @@ class DeepSpeedModel:
         UserError: DeepSpeed can't run here, or refuses its config.
     """
 
+    can_redo = False
+
     def __init__(
         self,
         encoder: Encoder,

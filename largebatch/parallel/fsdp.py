@@ -41,6 +41,7 @@ class FullyShardedModel(OptimizedModules):
     """
 
     equal_chunks = True
+    can_redo = False
 
     def __init__(
         self,

@@ -66,7 +66,8 @@ def process_group(world: World, device: torch.device, config: StrategyConfig) ->
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        # On CPU tensors travels what hosts tell each other: then none waits for its device.
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=world.rank,
         world_size=world.size,
         store=dist.HashStore() if world.size == 1 else None,  # type: ignore[attr-defined]

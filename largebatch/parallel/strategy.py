@@ -45,6 +45,9 @@ class Strategy(Protocol):
     """Trained numbers of the whole model, the temperature included."""
     equal_chunks: bool
     """Whether every rank must run equally many forward and as many backward passes."""
+    can_redo: bool
+    """Whether all that backward passes do is to add to `.grad`: then a step that ran out of memory
+    in its midst can be taken back and done again."""
 
     @property
     def encoder(self) -> Callable[[Chunk], Tensor]:

@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from largebatch.batch import RankBatch, Texts
-from largebatch.budget import KeepPlan, choose_tokens_per_chunk
+from largebatch.budget import KeepPlan
 from largebatch.config import TrainConfig
 from largebatch.errors import UserError
 from largebatch.gradcache import GradCache
@@ -64,6 +64,8 @@ def train(config: TrainConfig) -> None:
     world = world_from_environment()
     device = choose_device(config.hardware.device, world)
     bound_kernel_cache()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.hardware.tf32 else "highest")
     torch.set_num_threads(_threads(config, world.size))
     with process_group(world, device, config.strategy), ExitStack() as stack:
         collectives = Collectives()
@@ -115,22 +117,18 @@ class _Run:
             config.hardware.precision,
         )
         self.best: Best | None = None
-        self.tokens_per_chunk = (
-            config.tokens_per_chunk if isinstance(config.tokens_per_chunk, int) else None
-        )
-        self.keep_plan: KeepPlan | None = None
-        self.restore()
 
         # 4. The step.
+        auto = config.tokens_per_chunk == "auto"
         self.grad_cache = GradCache(
             self.encoder,
             self.loss,
-            tokens_per_chunk=self.tokens_per_chunk or 1,
+            tokens_per_chunk=None if auto else int(config.tokens_per_chunk),
             keep=config.keep,
             keep_gib=config.keep_gib,
             strategy=self.strategy,
         )
-        self.grad_cache.keep_plan = self.keep_plan
+        self.restore()
         self.evaluation = Evaluation(self.strategy, config.eval.batch_tokens)
 
     def restore(self) -> None:
@@ -149,13 +147,13 @@ class _Run:
         else:
             torch.manual_seed(_dropout_seed(self.config.seed, self.world.rank, self.first_step))
         self.best = load_best(self.checkpoints)
-        # What was measured is used again, so that the run goes on with the same numbers.
+        # What was measured, or halved, is used again: the run goes on with the same numbers.
         engine, before = details["engine"], details["config"]
-        if self.tokens_per_chunk is None:
-            self.tokens_per_chunk = engine["tokens_per_chunk"]
+        if before["tokens_per_chunk"] == self.config.tokens_per_chunk:
+            self.grad_cache.memory.tokens_per_chunk = engine["tokens_per_chunk"]
         same = all(before[name] == getattr(self.config, name) for name in ("keep", "keep_gib"))
         if same and engine["keep_plan"] is not None:
-            self.keep_plan = KeepPlan.from_dict(engine["keep_plan"])
+            self.grad_cache.memory.keep_plan = KeepPlan.from_dict(engine["keep_plan"])
 
     def start(self, stack: ExitStack) -> None:
         """Train from where the run stands to its last step, then score and export the model."""
@@ -194,7 +192,7 @@ class _Run:
         for step in range(self.first_step + 1, config.max_steps + 1):
             with meter.waiting_for_data(), phase("data"):
                 batch = next(batches)
-            if self.tokens_per_chunk is None:
+            if self.grad_cache.memory.tokens_per_chunk is None:
                 with meter.paused():
                     self._choose_tokens_per_chunk(batch)
             result = train_step(
@@ -319,6 +317,7 @@ class _Run:
     def _save(self, step: int, elapsed_s: float) -> None:
         random_states = self.collectives.gather_objects(read_random_state(self.device))
         tensors = Tensors.of(self.strategy)
+        engine = self._engine()
 
         def write() -> None:
             save_checkpoint(
@@ -331,7 +330,7 @@ class _Run:
                     "config": self.settings,
                     "elapsed_s": elapsed_s,
                     "shards": self.feed.fingerprints,
-                    "engine": self._engine(),
+                    "engine": engine,
                 },
             )
             remove_old(
@@ -344,15 +343,16 @@ class _Run:
 
     def _choose_tokens_per_chunk(self, batch: RankBatch) -> None:
         texts = Texts.concatenate([batch.queries, batch.documents, batch.negatives])
-        self.tokens_per_chunk = choose_tokens_per_chunk(self.encoder, texts, strategy=self.strategy)
-        self.grad_cache.tokens_per_chunk = self.tokens_per_chunk
+        chosen = self.grad_cache.choose_tokens_per_chunk(texts)
         if self.world.is_main:
-            print_lines([f"tokens_per_chunk: {self.tokens_per_chunk:,} was the fastest"])
+            print_lines([f"tokens_per_chunk: {chosen:,} was the fastest"])
 
     def _engine(self) -> dict[str, Any]:
-        plan = self.grad_cache.keep_plan
+        """Return what was measured or halved; the least of all ranks, which all must call."""
+        plan = self.grad_cache.memory.keep_plan
+        assert self.grad_cache.memory.tokens_per_chunk is not None
         return {
-            "tokens_per_chunk": self.grad_cache.tokens_per_chunk,
+            "tokens_per_chunk": -self.collectives.highest(-self.grad_cache.memory.tokens_per_chunk),
             "keep_plan": None if plan is None else plan.to_dict(),
         }
 

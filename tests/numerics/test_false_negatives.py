@@ -136,7 +136,10 @@ def objective_on_rank(symmetric, mask_duplicates=True, steps=1, with_hashes=True
         for leaf in (*leaves, loss.temperature.log_scale):
             leaf.grad = None
         with counted() as calls:
-            value = objective(*leaves, hashes=hashes)
+            told = objective.tell(
+                len(leaves[0]), len(leaves[2]), hashes if loss.mask_duplicates else None
+            )
+            value = objective(*leaves, rows=told)
             value.rank_loss.backward()
         per_step.append(list(calls))
     gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
@@ -271,7 +274,7 @@ def different_knowledge():
     objective = ContrastiveObjective(ContrastiveLoss(), collectives)
     texts = Texts.from_lists([[5 + collectives.world.rank]])
     hashes = hash_pairs(texts, texts, texts, ids=["a"] if collectives.world.rank else None)
-    objective(*torch.ones(3, 1, 2).unbind(), hashes=hashes)
+    objective.tell(1, 1, hashes)
 
 
 def test_ranks_must_know_alike():
@@ -280,10 +283,9 @@ def test_ranks_must_know_alike():
 
 
 def no_pairs():
-    empty = torch.zeros(0, 2)
     hashes = hash_pairs(*[Texts.from_lists([])] * 3)
     with pytest.raises(UserError, match="no pairs"):
-        ContrastiveObjective(ContrastiveLoss(), Collectives())(empty, empty, empty, hashes=hashes)
+        ContrastiveObjective(ContrastiveLoss(), Collectives()).tell(0, 0, hashes)
     return True
 
 

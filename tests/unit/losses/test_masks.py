@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def hashed(texts):
-    return torch.tensor([hash(("text", text)) for text in texts], dtype=torch.int64)
+    return np.array([hash(("text", text)) for text in texts], np.int64)
 
 
 def pairs(queries, documents, negatives=(), ids=None):

@@ -1,0 +1,15 @@
+"""Copies from the host to the device that the host doesn't wait for."""
+
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Return an array as a tensor on a device; on the CPU they share memory."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":  # Only from pinned memory does a copy not make the host wait.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

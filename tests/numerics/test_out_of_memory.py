@@ -1,0 +1,224 @@
+"""Memory that runs out in a step: it goes on with less, and its gradient stays right."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from dist import run_ranks
+from numerics.reference import (
+    full_batch_gradient,
+    gradients,
+    plain_infonce,
+    random_texts,
+    relative_error,
+    tiny_encoder,
+    tiny_loss,
+)
+
+import largebatch.gradcache
+from largebatch.config import OptimConfig
+from largebatch.errors import UserError
+from largebatch.gradcache import GradCache
+from largebatch.model.keep import embed_keeping
+from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.ddp import ReplicatedModel
+from largebatch.passes import push
+from largebatch.world import part_of_rank
+
+NUM_PAIRS = 13
+QUERIES = random_texts(NUM_PAIRS, longest=9, seed=1)
+DOCUMENTS = random_texts(NUM_PAIRS, longest=30, seed=2)
+
+
+@contextmanager
+def memory_for(encoder, *, first_pass=10**6, replay=10**6):
+    """Let the encoder run out of memory on chunks of more tokens than these."""
+    plain = encoder.forward
+
+    def forward(chunk):
+        embeddings = plain(chunk)  # draws its dropout masks, and then fails
+        if chunk.input_ids.numel() > (replay if torch.is_grad_enabled() else first_pass):
+            raise torch.OutOfMemoryError
+        return embeddings
+
+    encoder.forward = forward
+    yield
+    del encoder.forward
+
+
+@contextmanager
+def seen_passes(monkeypatch):
+    """Note the passes that are pushed into the weights, with kept ones cut off their graphs."""
+    seen = []
+
+    def note(passes, *arguments):
+        seen[:] = [one.forgotten() for one in passes]
+        push(passes, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(largebatch.gradcache, "push", note)
+        yield seen
+
+
+def one_graph(encoder, loss, passes):
+    """Return the gradient of one graph over the same chunks, with the same dropout masks."""
+    encoder.zero_grad()
+    loss.zero_grad()
+    embeddings_ud = torch.zeros(2 * NUM_PAIRS, encoder.embedding_width, dtype=torch.float64)
+    for one in passes:
+        with one.state.replayed():
+            embeddings_ud = embeddings_ud.index_put((one.rows_n,), encoder(one.chunk))
+    queries, documents = embeddings_ud.split(NUM_PAIRS)
+    plain_infonce(queries, documents, loss.temperature(), symmetric=False).backward()
+    expected = gradients(encoder, loss)
+    encoder.zero_grad()
+    loss.zero_grad()
+    return expected
+
+
+@pytest.mark.parametrize("packing", ["off", "on"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_first_pass_goes_on_with_smaller_chunks(monkeypatch, caplog, dropout, packing):
+    encoder = tiny_encoder(dropout=dropout, packing=packing)
+    loss = tiny_loss(symmetric=False)
+    torch.manual_seed(1)
+    step = GradCache(encoder, loss, tokens_per_chunk=256)
+    with memory_for(encoder, first_pass=70), seen_passes(monkeypatch) as passes:
+        step(QUERIES, DOCUMENTS)
+    found = gradients(encoder, loss)
+    assert step.tokens_per_chunk == 64
+    assert caplog.text.count("going on with tokens_per_chunk=") == 2
+    rows = torch.cat([one.rows_n for one in passes])
+    assert sorted(rows.tolist()) == list(range(2 * NUM_PAIRS))
+    assert relative_error(found, one_graph(encoder, loss, passes)) < 1e-9
+    if dropout == 0:
+        _, expected = full_batch_gradient(encoder, loss, QUERIES, DOCUMENTS)
+        assert relative_error(found, expected) < 1e-9
+
+
+def test_chunks_that_were_embedded_are_not_embedded_again(monkeypatch):
+    encoder, loss = tiny_encoder(dropout=0.3), tiny_loss(symmetric=False)
+    step = GradCache(encoder, loss, tokens_per_chunk=64)
+    num_calls = 0
+
+    def embed(forward, chunk, level):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 3:
+            raise torch.OutOfMemoryError
+        return embed_keeping(forward, chunk, level)
+
+    monkeypatch.setattr(largebatch.gradcache, "embed_keeping", embed)
+    with seen_passes(monkeypatch) as passes:
+        step(QUERIES, DOCUMENTS)
+    found = gradients(encoder, loss)
+    sizes = [one.num_tokens for one in passes]
+    assert min(sizes[:2]) > 32 >= max(sizes[2:])
+    assert relative_error(found, one_graph(encoder, loss, passes)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"keep": "auto", "keep_gib": 1}, {"keep": "layers"}, {"keep": "products"}, {"keep": "all"}],
+    ids=str,
+)
+def test_less_is_kept(monkeypatch, options):
+    encoder, loss = tiny_encoder(dropout=0.3), tiny_loss(symmetric=False)
+    torch.manual_seed(1)
+    step = GradCache(encoder, loss, tokens_per_chunk=40, **options)
+    size = {"none": 0.0, "layers": 0.1, "products": 0.4, "all": 1.0}
+    most = 3 * size["all" if options["keep"] == "auto" else options["keep"]]
+    held = 0.0
+
+    def embed(forward, chunk, level):
+        nonlocal held
+        held += size[level]
+        if held > most:
+            held = 0.0
+            raise torch.OutOfMemoryError
+        return embed_keeping(forward, chunk, level)
+
+    monkeypatch.setattr(largebatch.gradcache, "embed_keeping", embed)
+    with seen_passes(monkeypatch) as passes:
+        first = step.report(QUERIES, DOCUMENTS)
+    assert first.units == 4
+    assert relative_error(gradients(encoder, loss), one_graph(encoder, loss, passes)) < 1e-9
+    assert step.tokens_per_chunk == 40
+    # The next step keeps what fits.
+    with seen_passes(monkeypatch) as passes:
+        held = 0.0
+        second = step.report(QUERIES, DOCUMENTS)
+    assert relative_error(gradients(encoder, loss), one_graph(encoder, loss, passes)) < 1e-9
+    assert second.units == 4 if options["keep"] == "all" else 3 < second.units < 4
+
+
+def on_rank(dropout, as_strategy):
+    """Let rank 1 run out of memory when it embeds again; return what each rank came to."""
+    collectives = Collectives()
+    rank, size = collectives.world.rank, collectives.world.size
+    encoder, loss = tiny_encoder(dropout=dropout), tiny_loss(symmetric=False)
+    torch.manual_seed(rank)
+    strategy = ReplicatedModel(encoder, loss, OptimConfig(), collectives) if as_strategy else None
+    step = GradCache(encoder, loss, tokens_per_chunk=128, strategy=strategy)
+    rows = part_of_rank(NUM_PAIRS, rank, size)
+    with memory_for(encoder, replay=40 if rank == 1 else 10**6):
+        step([QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows])
+    return gradients(encoder, loss), step.tokens_per_chunk
+
+
+@pytest.mark.parametrize("as_strategy", [False, True])
+def test_all_ranks_do_a_step_again_whose_replay_was_too_much_for_one(as_strategy):
+    encoder, loss = tiny_encoder(), tiny_loss(symmetric=False)
+    _, expected = full_batch_gradient(encoder, loss, QUERIES, DOCUMENTS)
+    found = run_ranks(on_rank, 2, 0.0, as_strategy)
+    assert [tokens for _, tokens in found] == [128, 32]
+    for measured, _ in found:
+        measured = {name: torch.from_numpy(value) for name, value in measured.items()}
+        assert relative_error(measured, expected) < 1e-9
+    # With dropout there is only to see that ranks agree and nothing hangs.
+    (first, _), (second, _) = run_ranks(on_rank, 2, 0.3, as_strategy)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_the_replay_on_one_rank(monkeypatch):
+    encoder, loss = tiny_encoder(dropout=0.3), tiny_loss(symmetric=False)
+    step = GradCache(encoder, loss, tokens_per_chunk=128)
+    with memory_for(encoder, replay=40), seen_passes(monkeypatch) as passes:
+        step(QUERIES, DOCUMENTS)
+    assert step.tokens_per_chunk == 32
+    assert relative_error(gradients(encoder, loss), one_graph(encoder, loss, passes)) < 1e-9
+
+
+@pytest.mark.parametrize("which", ["first_pass", "replay"])
+def test_a_text_that_is_too_much_is_told(which):
+    encoder, loss = tiny_encoder(), tiny_loss(symmetric=False)
+    longest = max(map(len, DOCUMENTS))
+    step = GradCache(encoder, loss, tokens_per_chunk=64)
+    with (
+        memory_for(encoder, **{which: longest - 1}),
+        pytest.raises(UserError, match=r"a step ran out of memory .*or shorter texts"),
+    ):
+        step(QUERIES, DOCUMENTS)
+
+
+def test_a_gradient_from_before_is_not_lost():
+    encoder, loss = tiny_encoder(), tiny_loss(symmetric=False)
+    step = GradCache(encoder, loss, tokens_per_chunk=128)
+    step(QUERIES, DOCUMENTS)
+    with memory_for(encoder, replay=40), pytest.raises(UserError, match="use tokens_per_chunk=64"):
+        step(QUERIES, DOCUMENTS)
+
+
+def test_where_ranks_must_run_alike_it_is_told():
+    encoder, loss = tiny_encoder(), tiny_loss(symmetric=False)
+    strategy = ReplicatedModel(encoder, loss, OptimConfig(), Collectives())
+    strategy.equal_chunks = True
+    strategy.can_redo = False
+    for limits in ({"first_pass": 40}, {"replay": 40}):
+        step = GradCache(encoder, loss, tokens_per_chunk=128, strategy=strategy)
+        with (
+            memory_for(encoder, **limits),
+            pytest.raises(UserError, match="use tokens_per_chunk=64"),
+        ):
+            step(QUERIES, DOCUMENTS)
