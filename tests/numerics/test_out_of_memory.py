@@ -1,5 +1,7 @@
 """Memory that runs out in a step: it goes on with less, and its gradient stays right."""
 
+import json
+import shutil
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,6 +17,7 @@ from numerics.reference import (
     tiny_encoder,
     tiny_loss,
 )
+from numerics.tiny_run import STEPS, STOP, tiny_config, write_data
 
 import largebatch.gradcache
 from largebatch.config import OptimConfig
@@ -24,6 +27,7 @@ from largebatch.model.keep import embed_keeping
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import ReplicatedModel
 from largebatch.passes import push
+from largebatch.train import trainer
 from largebatch.world import part_of_rank
 
 NUM_PAIRS = 13
@@ -222,3 +226,33 @@ def test_where_ranks_must_run_alike_it_is_told():
             pytest.raises(UserError, match="use tokens_per_chunk=64"),
         ):
             step(QUERIES, DOCUMENTS)
+
+
+def largest_chunk(config, most_tokens):
+    """Train with so much memory for a chunk, and return the largest that there was."""
+    sizes = []
+
+    def embed(forward, chunk, level):
+        if chunk.input_ids.numel() > most_tokens:
+            raise torch.OutOfMemoryError
+        sizes.append(chunk.input_ids.numel())
+        return embed_keeping(forward, chunk, level)
+
+    largebatch.gradcache.embed_keeping = embed
+    trainer.train(config)
+    return max(sizes)
+
+
+def test_a_resumed_run_goes_on_with_the_smaller_chunks(tmp_path):
+    def train(run, steps, *, most_tokens=10**6, **changes):
+        config = tiny_config(data, tmp_path / run, max_steps=steps, **changes)
+        return max(run_ranks(largest_chunk, 2, config, most_tokens, init_group=False))
+
+    data = write_data(tmp_path)
+    assert train("run", STOP, most_tokens=40) <= 40
+    (state,) = (tmp_path / "run" / "checkpoints").glob(f"step_*{STOP}/state.json")
+    assert json.loads(state.read_text())["engine"]["tokens_per_chunk"] == 30
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    assert train("run", STEPS) <= 30
+    # Another number in the config is the user's answer.
+    assert 30 < train("other", STEPS, tokens_per_chunk=50) <= 50
