@@ -106,3 +106,5 @@ class Chunk(NamedTuple):
     """Of the same shape, int64, 1 for tokens and 0 for padding."""
     packing: Packing | None = None
     """None: the texts are padded."""
+    padded: bool = True
+    """Whether there may be padding. Known on the host, so that nobody must ask the device."""

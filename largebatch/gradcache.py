@@ -10,28 +10,27 @@
 The chain rule makes this equal to one backward pass over the whole global batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from largebatch.batch import Chunk, Texts
-from largebatch.budget import KeepPlan, StepMemory, choose_tokens_per_chunk
-from largebatch.data.chunks import DistinctTexts, Rows, distinct_texts
+from largebatch.batch import Texts
+from largebatch.budget import StepMemory, choose_tokens_per_chunk
+from largebatch.data.chunks import DistinctTexts, distinct_texts
 from largebatch.errors import UserError
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.masks import PairHashes
 from largebatch.model.encoder import Encoder
-from largebatch.model.keep import RandomState, embed_keeping, measure_levels
+from largebatch.model.keep import RandomState
 from largebatch.objective import ContrastiveObjective, hash_pairs
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import backward as backward_locally
 from largebatch.parallel.ddp import one_reduction
 from largebatch.parallel.strategy import Backward, Strategy
-from largebatch.passes import EmbeddedChunk, PlannedChunk, Sending, filler, plan, push
+from largebatch.passes import Passes, Sending, StepMustBeDoneAgain
 from largebatch.phases import phase
 from largebatch.transfer import to_device
 
@@ -106,6 +105,7 @@ class GradCache:
         self.strategy = strategy
         self.collectives = Collectives()
         self.objective = ContrastiveObjective(loss, self.collectives)
+        self.passes = Passes(encoder, self.memory, self.collectives, strategy)
 
     def __call__(
         self, queries: TextList, documents: TextList, negatives: TextList | None = None
@@ -153,11 +153,11 @@ class GradCache:
         distinct = distinct_texts(texts, sizes[0])
         before = RandomState.of(self.encoder.device)
         parameters = [*self.encoder.parameters(), *self.loss.parameters()]
-        can_redo = self._can_redo and all(p.grad is None for p in parameters)
+        can_redo = self.passes.can_redo and all(p.grad is None for p in parameters)
         while True:
             try:
                 return self._step(sizes, texts, distinct, hashes, symmetric, can_redo=can_redo)
-            except _OutOfMemoryError:
+            except StepMustBeDoneAgain:
                 pass
             # Out here nothing holds the graphs any more.
             for parameter in parameters:
@@ -191,27 +191,19 @@ class GradCache:
         b, _, n = sizes
         device = self.encoder.device
         num_distinct = distinct.texts.num_texts
-        # While chunks without columns are embedded, those with columns are sent already.
-        sends_early = self.collectives.world.size > 1 and not self._needs_equal_chunks
-        chunks = self._plan(
-            distinct.texts,
-            np.arange(num_distinct),
-            columns=distinct.places[b:] if sends_early else None,
-        )
+        # 1. Embed; while chunks without columns are embedded, the columns are sent already.
+        columns = distinct.places[b:]
+        chunks = self.passes.plan(distinct.texts, columns)
         with phase("gather"):
             rows = self.objective.tell(b, n, hashes, num_chunks=len(chunks))
-        if self._needs_equal_chunks:
-            chunks += [filler(self.encoder)] * (rows.most_chunks - len(chunks))
-
-        # 1. Embed.
         embeddings_ud = torch.empty(
             num_distinct, self.encoder.embedding_width, dtype=self.encoder.dtype, device=device
         )
         places_n = to_device(distinct.places, device)
-        sending = None
-        if sends_early:
-            sending = Sending(self.collectives, rows.columns, embeddings_ud, distinct.places[b:])
-        passes = self._embed(distinct.texts, chunks, embeddings_ud, sending)
+        sending = Sending(self.collectives, rows.columns, embeddings_ud, columns)
+        embedded = self.passes.embed(
+            distinct.texts, chunks, rows.most_chunks, embeddings_ud, sending
+        )
 
         # 2. Loss, and its gradient with respect to the embeddings.
         leaf_ud = embeddings_ud.requires_grad_()
@@ -219,7 +211,7 @@ class GradCache:
         value = self.objective(
             *embeddings_nd.split(sizes),
             rows=rows,
-            columns=None if sending is None else sending.started,
+            columns=sending.started,
             symmetric=symmetric,
         )
         with self._gradient_pass() as backward:
@@ -227,10 +219,10 @@ class GradCache:
                 value.rank_loss.backward()
             assert leaf_ud.grad is not None
             # 3. Push it into the weights.
-            self._push(passes, leaf_ud.grad, backward, can_redo=can_redo)
+            self.passes.push(embedded, leaf_ud.grad, backward, can_redo=can_redo)
             # 4. Leaving the context averages the gradients over ranks.
 
-        own = [one for one in passes if len(one.rows_n)]
+        own = [one for one in embedded if len(one.rows_n)]
         return StepReport(
             loss=value.loss,
             accuracy=value.accuracy,
@@ -239,133 +231,14 @@ class GradCache:
             num_encoded_tokens=int(distinct.texts.lengths.sum()),
             num_padded_tokens=sum(one.num_tokens for one in own),
             num_chunks=len(own),
-            units=self.memory.units([(one.level, one.num_tokens) for one in passes]),
+            units=self.memory.units([(one.level, one.num_tokens) for one in embedded])
+            + self.encoder.extra_units,
         )
-
-    @property
-    def _forward(self) -> Callable[[Chunk], Tensor]:
-        return self.encoder if self.strategy is None else self.strategy.encoder
-
-    @property
-    def _needs_equal_chunks(self) -> bool:
-        return self.strategy is not None and self.strategy.equal_chunks
-
-    @property
-    def _can_redo(self) -> bool:
-        return self.strategy is None or self.strategy.can_redo
 
     def _gradient_pass(self) -> AbstractContextManager[Backward]:
         if self.strategy is not None:
             return self.strategy.gradient_pass()
         return _averaged([*self.encoder.parameters(), *self.loss.parameters()], self.collectives)
-
-    def _plan(self, texts: Texts, rows: Rows, columns: Rows | None) -> list[PlannedChunk]:
-        assert self.memory.tokens_per_chunk is not None
-        return plan(self.encoder, texts, rows, self.memory.tokens_per_chunk, first=columns)
-
-    def _levels(self, chunks: Sequence[PlannedChunk]) -> list[str]:
-        """Return what each chunk keeps; the first step measures what that costs."""
-        if self.memory.must_be_measured:
-            self.memory.keep_plan = self._measure(chunks)
-        tokens = [planned.num_tokens for planned in chunks]
-        if self._needs_equal_chunks:
-            # Ranks differ in their chunks' tokens, but must keep the same ones.
-            assert self.memory.tokens_per_chunk is not None
-            tokens = [self.memory.tokens_per_chunk] * len(chunks)
-        return self.memory.levels(tokens)
-
-    def _measure(self, chunks: Sequence[PlannedChunk]) -> KeepPlan:
-        chunk = (chunks[0] if chunks else filler(self.encoder)).chunk
-        with RandomState.of(self.encoder.device).replayed():
-            costs = measure_levels(self._forward, chunk, list(self.encoder.parameters()))
-        budget = self.memory.budget_bytes(self.encoder, costs)
-        return KeepPlan(costs, budget).agreed(self.collectives)
-
-    def _embed(
-        self,
-        texts: Texts,
-        chunks: Sequence[PlannedChunk],
-        embeddings_ud: Tensor,
-        sending: Sending | None,
-    ) -> list[EmbeddedChunk]:
-        """Fill in the embeddings and return what is known of each chunk.
-
-        Where memory runs out, the chunks that are left are cut smaller, and nothing is kept.
-        """
-        passes: list[EmbeddedChunk] = []
-        left = list(zip(chunks, self._levels(chunks), strict=True))
-        while left:
-            (planned, level), *after = left
-            state = RandomState.of(self.encoder.device)
-            one = self._embed_one(planned, level, state, embeddings_ud)
-            if one is None:
-                state.restore()
-                held = [
-                    *((one.level, one.num_tokens) for one in passes),
-                    (level, planned.num_tokens),
-                ]
-                if not self.memory.take_less(held, most_texts=len(planned.rows)):
-                    raise UserError(self.memory.ran_out())
-                passes = [one.forgotten() for one in passes]
-                rows = np.concatenate([planned.rows for planned, _ in left])
-                columns = None if sending is None else sending.places
-                left = [(planned, "none") for planned in self._plan(texts, rows, columns)]
-                continue
-            passes.append(one)
-            left = after
-            if sending is not None:
-                sending.start_if_complete([planned for planned, _ in left])
-        return passes
-
-    def _embed_one(
-        self, planned: PlannedChunk, level: str, state: RandomState, embeddings_ud: Tensor
-    ) -> EmbeddedChunk | None:
-        """Return an embedded chunk; None: memory ran out."""
-        rows_n = to_device(planned.rows, self.encoder.device)
-        try:
-            with phase("embed"):
-                embeddings_nd = embed_keeping(self._forward, planned.chunk, level)
-                embeddings_ud[rows_n] = embeddings_nd.detach()[: len(rows_n)]
-        except torch.OutOfMemoryError:
-            # Ranks that must do the same can't know of it in the midst of their passes.
-            if self._needs_equal_chunks:
-                raise UserError(self.memory.ran_out()) from None
-            return None
-        return EmbeddedChunk(planned.chunk, rows_n, level, state, embeddings_nd)
-
-    def _push(
-        self,
-        passes: Sequence[EmbeddedChunk],
-        gradients_ud: Tensor,
-        backward: Backward,
-        *,
-        can_redo: bool,
-    ) -> None:
-        """Push the embeddings' gradients into the weights.
-
-        Where memory runs out on any rank, all must embed again: what that rank has pushed can't be
-        told from what it has not, and smaller chunks have other dropout masks.
-        """
-        out_of_memory = False
-        try:
-            with phase("replay"):
-                push(passes, gradients_ud, self._forward, backward)
-        except torch.OutOfMemoryError:
-            out_of_memory = True
-        if not can_redo:
-            if out_of_memory:
-                raise UserError(self.memory.ran_out())
-            return
-        hopeless = out_of_memory and not self.memory.take_less(
-            [(one.level, one.num_tokens) for one in passes],
-            most_texts=max(len(one.rows_n) for one in passes),
-        )
-        with phase("sync"):
-            worst = self.collectives.highest(out_of_memory + hopeless)
-        if worst == 2:
-            raise UserError(self.memory.ran_out())
-        if worst == 1:
-            raise _OutOfMemoryError
 
     def _tokens(self, texts: TextList, side: str) -> Texts:
         if isinstance(texts, Texts):
@@ -375,10 +248,6 @@ class GradCache:
         if len(texts) > 0 and isinstance(texts[0], str):
             return self.encoder.tokenize(texts, side=side)[0]  # type: ignore[arg-type]
         return Texts.from_lists(texts)  # type: ignore[arg-type]
-
-
-class _OutOfMemoryError(Exception):
-    """Memory ran out on some rank; all do the step again, that rank with less of it."""
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""The passes of a step through the encoder: what is known of each chunk between them."""
+"""The passes of a step through the encoder: first passes, and gradients pushed into the weights.
+
+Between them a chunk is known by its random state and by what it keeps. Where memory runs out, the
+passes go on with smaller chunks, or with less that is kept.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,11 +12,13 @@ import torch
 from torch import Tensor
 
 from largebatch.batch import Chunk, Texts
+from largebatch.budget import KeepPlan, StepMemory
 from largebatch.data.chunks import Rows, take_texts
+from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
-from largebatch.model.keep import RandomState
+from largebatch.model.keep import RandomState, embed_keeping, measure_levels
 from largebatch.parallel.collectives import Collectives, Gathering
-from largebatch.parallel.strategy import Backward
+from largebatch.parallel.strategy import Backward, Strategy
 from largebatch.phases import phase
 from largebatch.transfer import to_device
 
@@ -84,33 +90,184 @@ class Sending:
                 )
 
 
-def plan(
-    encoder: Encoder, texts: Texts, rows: Rows, tokens_per_chunk: int, *, first: Rows | None = None
-) -> list[PlannedChunk]:
-    """Return the chunks of some texts, those with the longest texts first.
+class StepMustBeDoneAgain(Exception):  # noqa: N818 (it states what all ranks do next)
+    """Memory ran out on some rank while gradients were pushed into the weights."""
+
+
+class Passes:
+    """Runs a rank's chunks through the encoder, within the memory that there is.
 
     Args:
         encoder: Makes the chunks.
-        texts: All texts of this rank.
-        rows: Which of them.
-        tokens_per_chunk: Most tokens of a chunk.
-        first: Rows whose chunks come before those that hold none of them.
+        memory: How large chunks may be, and what they may keep.
+        collectives: How ranks reach each other.
+        strategy: How the model is spread over ranks. None: every rank holds all of it.
     """
-    plan_of_rows, chunks = encoder.make_chunks(take_texts(texts, rows), tokens_per_chunk)
-    planned = [
-        PlannedChunk(rows[own], chunk) for own, chunk in zip(plan_of_rows, chunks, strict=True)
-    ]
-    if first is not None:
-        is_first = np.zeros(texts.num_texts, np.bool_)
-        is_first[first] = True
-        planned.sort(key=lambda one: not is_first[one.rows].any())
-    return planned
 
+    def __init__(
+        self,
+        encoder: Encoder,
+        memory: StepMemory,
+        collectives: Collectives,
+        strategy: Strategy | None,
+    ) -> None:
+        self._encoder = encoder
+        self._memory = memory
+        self._collectives = collectives
+        self._strategy = strategy
+        self._equal_chunks = strategy is not None and strategy.equal_chunks
+        self._sends_early = collectives.world.size > 1 and not self._equal_chunks
 
-def filler(encoder: Encoder) -> PlannedChunk:
-    """Return a chunk of one token and no rows."""
-    one_token = Texts.from_lists([[encoder.pad_id]])
-    return PlannedChunk(np.empty(0, np.intp), encoder.make_chunks(one_token, 1)[1][0])
+    @property
+    def can_redo(self) -> bool:
+        """Whether a step can be taken back in its midst."""
+        return self._strategy is None or self._strategy.can_redo
+
+    def plan(self, texts: Texts, columns: Rows) -> list[PlannedChunk]:
+        """Return the chunks of a rank's texts, those with the longest texts first.
+
+        Where columns are sent early, chunks that hold one of `columns` come before all others.
+        """
+        return self._plan(texts, np.arange(texts.num_texts), columns)
+
+    def embed(
+        self,
+        texts: Texts,
+        chunks: Sequence[PlannedChunk],
+        most_chunks: int,
+        embeddings_ud: Tensor,
+        sending: Sending,
+    ) -> list[EmbeddedChunk]:
+        """Fill in the embeddings and return what is known of each chunk.
+
+        Args:
+            texts: This rank's.
+            chunks: What `plan` returned for them.
+            most_chunks: That any rank has. Where all must run as many, those that have fewer fill
+                up with chunks of one token and no rows.
+            embeddings_ud: Gets the embedding of each text.
+            sending: Is told when all columns are embedded.
+
+        Where memory runs out, the chunks that are left are cut smaller, and nothing is kept.
+
+        Raises:
+            UserError: No smaller chunk is possible.
+        """
+        if self._equal_chunks:
+            chunks = [*chunks, *[_filler(self._encoder)] * (most_chunks - len(chunks))]
+        passes: list[EmbeddedChunk] = []
+        left = list(zip(chunks, self._levels(chunks), strict=True))
+        while left:
+            (planned, level), *after = left
+            state = RandomState.of(self._encoder.device)
+            one = self._embed_one(planned, level, state, embeddings_ud)
+            if one is not None:
+                passes.append(one)
+                left = after
+                if self._sends_early:
+                    sending.start_if_complete([planned for planned, _ in left])
+                continue
+            state.restore()
+            held = [(one.level, one.num_tokens) for one in passes]
+            held.append((level, planned.num_tokens))
+            if not self._memory.take_less(held, most_texts=len(planned.rows)):
+                raise UserError(self._memory.ran_out())
+            passes = [one.forgotten() for one in passes]
+            rows = np.concatenate([planned.rows for planned, _ in left])
+            left = [(planned, "none") for planned in self._plan(texts, rows, sending.places)]
+        return passes
+
+    def push(
+        self,
+        passes: Sequence[EmbeddedChunk],
+        gradients_ud: Tensor,
+        backward: Backward,
+        *,
+        can_redo: bool,
+    ) -> None:
+        """Push the embeddings' gradients into the weights.
+
+        Args:
+            passes: What `embed` returned.
+            gradients_ud: Of the embeddings.
+            backward: The strategy's.
+            can_redo: Whether `.grad` may be forgotten, and the step done again.
+
+        Raises:
+            StepMustBeDoneAgain: On all ranks, if memory ran out on any. What that rank has pushed
+                can't be told from what it has not, and smaller chunks have other dropout masks.
+            UserError: Memory ran out, and the step can't be done again, or not with less.
+        """
+        out_of_memory = False
+        try:
+            with phase("replay"):
+                push(passes, gradients_ud, self._forward, backward)
+        except torch.OutOfMemoryError:
+            out_of_memory = True
+        if not can_redo:
+            if out_of_memory:
+                raise UserError(self._memory.ran_out())
+            return
+        hopeless = out_of_memory and not self._memory.take_less(
+            [(one.level, one.num_tokens) for one in passes],
+            most_texts=max(len(one.rows_n) for one in passes),
+        )
+        with phase("sync"):
+            worst = self._collectives.highest(out_of_memory + hopeless)
+        if worst == 2:
+            raise UserError(self._memory.ran_out())
+        if worst == 1:
+            raise StepMustBeDoneAgain
+
+    @property
+    def _forward(self) -> Callable[[Chunk], Tensor]:
+        return self._encoder if self._strategy is None else self._strategy.encoder
+
+    def _plan(self, texts: Texts, rows: Rows, columns: Rows) -> list[PlannedChunk]:
+        assert self._memory.tokens_per_chunk is not None
+        plan, chunks = self._encoder.make_chunks(
+            take_texts(texts, rows), self._memory.tokens_per_chunk
+        )
+        planned = [PlannedChunk(rows[own], chunk) for own, chunk in zip(plan, chunks, strict=True)]
+        if self._sends_early:
+            is_column = np.zeros(texts.num_texts, np.bool_)
+            is_column[columns] = True
+            planned.sort(key=lambda one: not is_column[one.rows].any())
+        return planned
+
+    def _embed_one(
+        self, planned: PlannedChunk, level: str, state: RandomState, embeddings_ud: Tensor
+    ) -> EmbeddedChunk | None:
+        """Return an embedded chunk; None: memory ran out."""
+        rows_n = to_device(planned.rows, self._encoder.device)
+        try:
+            with phase("embed"):
+                embeddings_nd = embed_keeping(self._forward, planned.chunk, level)
+                embeddings_ud[rows_n] = embeddings_nd.detach()[: len(rows_n)]
+        except torch.OutOfMemoryError:
+            # Ranks that must do the same can't know of it in the midst of their passes.
+            if self._equal_chunks:
+                raise UserError(self._memory.ran_out()) from None
+            return None
+        return EmbeddedChunk(planned.chunk, rows_n, level, state, embeddings_nd)
+
+    def _levels(self, chunks: Sequence[PlannedChunk]) -> list[str]:
+        """Return what each chunk keeps; the first step measures what that costs."""
+        if self._memory.must_be_measured:
+            self._memory.keep_plan = self._measure(chunks)
+        tokens = [planned.num_tokens for planned in chunks]
+        if self._equal_chunks:
+            # Ranks differ in their chunks' tokens, but must keep the same ones.
+            assert self._memory.tokens_per_chunk is not None
+            tokens = [self._memory.tokens_per_chunk] * len(chunks)
+        return self._memory.levels(tokens)
+
+    def _measure(self, chunks: Sequence[PlannedChunk]) -> KeepPlan:
+        chunk = (chunks[0] if chunks else _filler(self._encoder)).chunk
+        with RandomState.of(self._encoder.device).replayed():
+            costs = measure_levels(self._forward, chunk, list(self._encoder.parameters()))
+        budget = self._memory.budget_bytes(self._encoder, costs)
+        return KeepPlan(costs, budget).agreed(self._collectives)
 
 
 def push(
@@ -131,6 +288,11 @@ def push(
         with one.state.replayed():
             embeddings_nd = forward(one.chunk)
         backward([embeddings_nd], [_gradient_of(one, gradients_ud)], last=number == len(replayed))
+
+
+def _filler(encoder: Encoder) -> PlannedChunk:
+    one_token = Texts.from_lists([[encoder.pad_id]])
+    return PlannedChunk(np.empty(0, np.intp), encoder.make_chunks(one_token, 1)[1][0])
 
 
 def _gradient_of(one: EmbeddedChunk, gradients_ud: Tensor) -> Tensor:

@@ -132,10 +132,12 @@ def running(
         started.process.communicate()
 
 
-def largebatch(*arguments: str | Path, cwd: Path, launcher: Sequence[str] = ()) -> Done:
+def largebatch(
+    *arguments: str | Path, cwd: Path, launcher: Sequence[str] = (), timeout_s: float = 60
+) -> Done:
     """Run `largebatch ARGUMENTS` to its end."""
     with running(*arguments, cwd=cwd, launcher=launcher) as started:
-        return started.wait()
+        return started.wait(timeout_s)
 
 
 def train_line(*options: str | Path, shards: Path | str, ranks: int = 2) -> list[str]:

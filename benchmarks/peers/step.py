@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import largebatch as lb
 from largebatch.batch import Texts
 from largebatch.data.text import train_tokenizer
-from largebatch.train.memory import bound_kernel_cache, peak_memory_gib
+from largebatch.train.memory import bound_kernel_cache, forget_peak, peak_memory_gib
 
 SCALE = 20.0
 WARM_UP = 64
@@ -68,7 +68,7 @@ def main() -> None:
     small = make(encoder, [_head(side, WARM_UP) for side in sides], options.setting, options.folder)
     full = make(encoder, sides, options.setting, options.folder)
 
-    before_gib = _forget_peak(device)
+    before_gib = forget_peak(device)
     small()
     for _ in range(settings["steps"]):  # the last one counts
         encoder.zero_grad(set_to_none=True)
@@ -226,15 +226,6 @@ def _autocast(backbone: nn.Module, device: torch.device) -> None:
         return output
 
     backbone.forward = in_bf16
-
-
-def _forget_peak(device: torch.device) -> float:
-    """Make the peak start at what is held now, and return that in GiB."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif (clear := Path("/proc/self/clear_refs")).exists():  # Linux; elsewhere since the start
-        clear.write_text("5", encoding="ascii")
-    return peak_memory_gib(device)
 
 
 def _wait(device: torch.device) -> None:

@@ -88,7 +88,8 @@ def build(config: DictConfig) -> Any:
 
 def _build(node: Any, faults: list[str]) -> Any:
     if isinstance(node, ListConfig):
-        return [_build(value, faults) for value in node]
+        # By number: what iterates over a list of unions gives their nodes, not their values.
+        return [_build(node[number], faults) for number in range(len(node))]
     if not isinstance(node, DictConfig):
         return node
     kind = OmegaConf.get_type(node)

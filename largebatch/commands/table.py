@@ -102,6 +102,17 @@ COMMANDS = {
             folder_option="stats_dir",
         ),
         Command(
+            "bench",
+            schema.BenchConfig,
+            (
+                "quickstart",
+                "quickstart 'batches=[1024,4096]' 'chunks=[1024,4096,auto]'",
+                "quickstart 'keeps=[none,layers,products,all]' profile=true",
+                "hardware=gpu hardware.ranks=8 'strategies=[ddp,fsdp,zero2,zero3]' synthetic=true",
+            ),
+            folder_option="bench_dir",
+        ),
+        Command(
             "evaluate",
             schema.EvaluateConfig,
             ("model=runs/quickstart/model sets.test=data/code/test bm25=true",),

@@ -4,6 +4,7 @@ The yaml files in `conf/` are presets that are checked against these classes; no
 Hydra. The string under a field is its documentation, and what `largebatch <command> --help` prints.
 """
 
+from largebatch.config.bench import BENCH_STRATEGIES, BenchConfig
 from largebatch.config.checks import suggest
 from largebatch.config.data import CurriculumConfig, DataConfig, SourceConfig
 from largebatch.config.model import (
@@ -41,11 +42,13 @@ from largebatch.config.train import (
 )
 
 __all__ = [
+    "BENCH_STRATEGIES",
     "KEEPS",
     "PACKINGS",
     "POOLINGS",
     "SCHEDULES",
     "BackboneConfig",
+    "BenchConfig",
     "CheckpointConfig",
     "CurriculumConfig",
     "DataConfig",

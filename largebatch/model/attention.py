@@ -9,6 +9,9 @@ Shapes: T tokens of all texts, n texts, h heads, d width of a head.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -61,14 +64,55 @@ def why_not_packable(backbone: nn.Module, device: torch.device, dtype: torch.dty
 
 
 def use_packed_attention(backbone: nn.Module) -> None:
-    """Make a backbone call `packed_attention`; padded chunks still get transformers' SDPA."""
+    """Make a backbone call `packed_attention`; padded chunks still get transformers' SDPA.
+
+    Backbones that are not known to go through transformers' interface stay as they are.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
+
+    config: Any = backbone.config
+    if config.model_type not in PACKABLE or config._attn_implementation != "sdpa":
+        return
+    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _mask_of_padded)
+    config._attn_implementation = ATTENTION_NAME
+
+
+_may_be_padded: ContextVar[bool] = ContextVar("may_be_padded", default=True)
+
+
+@contextmanager
+def known_padding(*, padded: bool) -> Iterator[None]:
+    """Say whether the chunk that is embedded inside may have padding."""
+    token = _may_be_padded.set(padded)
+    try:
+        yield
+    finally:
+        _may_be_padded.reset(token)
+
+
+def _mask_of_padded(
+    *,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Return transformers' mask, None where there is nothing to mask.
+
+    transformers would look for padding in the tensor, and a GPU would wait for all that it has to
+    do; the host knows it from the lengths.
+    """
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(ATTENTION_NAME, packed_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-    config: Any = backbone.config
-    config._attn_implementation = ATTENTION_NAME
+    padded = _may_be_padded.get()
+    mask: Tensor | None = sdpa_mask(
+        attention_mask=attention_mask if padded else None,
+        allow_is_causal_skip=allow_is_causal_skip and not padded,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip and not padded,
+        **kwargs,
+    )
+    return mask
 
 
 def run_packed(backbone: nn.Module, input_ids: Tensor, packing: Packing, **options: Any) -> Tensor:

@@ -20,17 +20,26 @@ from largebatch.config import PACKINGS, POOLINGS, suggest
 from largebatch.data.chunks import Rows, pack_chunks, pad_chunks, plan_chunks
 from largebatch.data.text import TextSettings, tokenize
 from largebatch.errors import UserError
-from largebatch.model.attention import run_packed, use_packed_attention, why_not_packable
+from largebatch.model.attention import (
+    known_padding,
+    run_packed,
+    use_packed_attention,
+    why_not_packable,
+)
+from largebatch.model.compiled import checkpoint_layers as checkpoint_layers_of
+from largebatch.model.compiled import compile_layers, is_compiled, plain_shape
 from largebatch.model.last_layer import ONE_TOKEN_POOLINGS, pooled_tokens, prepare_last_layer
 from largebatch.model.pooling import POOLING, pool_chunk
-from largebatch.model.positions import first_position, usable_positions
+from largebatch.model.positions import check_fit, first_position, length_multiple
 from largebatch.model.pretrained import (
     backbone_from_config,
     check_model_folder,
     load_backbone,
     load_tokenizer,
+    merged_settings,
     new_backbone,
     read_settings,
+    tokenizer_of,
 )
 
 log = logging.getLogger(__name__)
@@ -53,10 +62,14 @@ class Encoder(nn.Module):
         document_max_tokens: Longest document in training.
         packing: Whether texts go through the backbone in one row without padding, which gives the
             same embeddings: on (where the backbone allows it), off, or auto (where it is faster).
+        compile: Whether torch.compile compiles the layers. Texts are then padded.
+        checkpoint_layers: Whether each layer runs again in the backward pass, so that the graph
+            holds little more than the layers' inputs.
 
     Raises:
         UserError: The pooling or packing is unknown, the tokenizer has tokens that the backbone
-            lacks, or a maximum length is beyond the backbone's positions.
+            lacks, a maximum length is beyond the backbone's positions, or the backbone can't be
+            compiled or checkpointed here.
     """
 
     def __init__(
@@ -71,6 +84,8 @@ class Encoder(nn.Module):
         query_max_tokens: int = 128,
         document_max_tokens: int = 256,
         packing: str = "auto",
+        compile: bool = False,  # noqa: A002
+        checkpoint_layers: bool = False,
     ) -> None:
         super().__init__()
         if packing not in PACKINGS:
@@ -86,7 +101,11 @@ class Encoder(nn.Module):
         self.normalize = normalize
         self.packing = packing
         self._told_why_padded = False
-        self._has_one_token_layer = prepare_last_layer(backbone)
+        # A compiled layer takes the graph of another, whose hooks it has not.
+        self._has_one_token_layer = (
+            pooling in ONE_TOKEN_POOLINGS and not compile and prepare_last_layer(backbone)
+        )
+        use_packed_attention(backbone)
         self.text = TextSettings(
             query_prompt=query_prompt,
             document_prompt=document_prompt,
@@ -98,7 +117,13 @@ class Encoder(nn.Module):
         if tokenizer.pad_token_id is None:
             # Decoders often have none. Padding is masked everywhere, so any token serves.
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        self._check_tokenizer_and_lengths()
+        check_fit(backbone, tokenizer, self.text)
+        self.extra_units = 1.0 if checkpoint_layers else 0.0
+        """Forward passes that the backward pass repeats, whatever a chunk keeps."""
+        if checkpoint_layers:
+            checkpoint_layers_of(backbone)
+        if compile:
+            compile_layers(backbone)
 
     @classmethod
     def from_pretrained(
@@ -113,12 +138,13 @@ class Encoder(nn.Module):
         document_max_tokens: int | None = None,
         tokenizer: str | Path | None = None,
         attention: str = "sdpa",
-        packing: str = "auto",
+        **how: Any,
     ) -> "Encoder":
         """Load a transformers or sentence-transformers folder, or a hub name.
 
         What is not given comes from the folder's sentence-transformers settings, else from the
         defaults of the constructor. Code of the folder is never run; weights are safetensors.
+        `how` is packing, compile and checkpoint_layers, as in the constructor.
 
         Raises:
             UserError: There is no such model, it has no safetensors, or its modules are more than
@@ -126,32 +152,18 @@ class Encoder(nn.Module):
         """
         name = str(path_or_name)
         check_model_folder(name)
-        settings = read_settings(name)
-        given = {
-            "pooling": pooling,
-            "normalize": normalize,
-            "query_prompt": query_prompt,
-            "document_prompt": document_prompt,
-            "query_max_tokens": query_max_tokens,
-            "document_max_tokens": document_max_tokens,
-        }
-        for key in ("query_prompt", "document_prompt"):
-            if given[key] is not None and key in settings and given[key] != settings[key]:
-                log.warning(
-                    "%s=%r differs from %r, which the checkpoint %s was trained with",
-                    key, given[key], settings[key], name,
-                )  # fmt: skip
-        own_tokenizer = (
-            load_tokenizer(name) if tokenizer is None else load_tokenizer(str(tokenizer))
+        settings = merged_settings(
+            name,
+            pooling=pooling,
+            normalize=normalize,
+            query_prompt=query_prompt,
+            document_prompt=document_prompt,
+            query_max_tokens=query_max_tokens,
+            document_max_tokens=document_max_tokens,
         )
-        if tokenizer is not None and own_tokenizer.get_vocab() != load_tokenizer(name).get_vocab():
-            log.warning(
-                "the tokenizer %s differs from that of the checkpoint %s: its token ids will mean "
-                "other words than those that the weights were trained on", tokenizer, name,
-            )  # fmt: skip
-        merged = settings | {key: value for key, value in given.items() if value is not None}
+        own_tokenizer = tokenizer_of(name, tokenizer)
         backbone = load_backbone(name, attention=attention)
-        return cls(backbone, own_tokenizer, packing=packing, **merged)
+        return cls(backbone, own_tokenizer, **how, **settings)
 
     @classmethod
     def from_scratch(
@@ -170,32 +182,34 @@ class Encoder(nn.Module):
             tokenizer: Its length is the size of the vocabulary.
             config: Entries of the architecture's config, such as hidden_size.
             attention: transformers' attention implementation.
-            settings: pooling, prompts, lengths and packing, as in the constructor.
+            settings: pooling, prompts, lengths, packing and so on, as in the constructor.
         """
         backbone = new_backbone(model_type, tokenizer, config=config or {}, attention=attention)
         return cls(backbone, tokenizer, **settings)
 
     @classmethod
-    def from_settings(
-        cls, folder: Path, *, attention: str = "sdpa", packing: str = "auto"
-    ) -> "Encoder":
+    def from_settings(cls, folder: Path, *, attention: str = "sdpa", **how: Any) -> "Encoder":
         """Build an untrained encoder by what `save_settings` wrote, for a checkpoint to fill."""
         return cls(
             backbone_from_config(folder, attention=attention),
             load_tokenizer(str(folder)),
-            packing=packing,
+            **how,
             **read_settings(str(folder)),
         )
 
     def forward(self, chunk: Chunk) -> Tensor:
         """Return the embeddings of a chunk, `[n, d]` in float32 (float64 for a float64 model)."""
         device = chunk.input_ids.device
+        num_rows = len(chunk.input_ids)
+        if chunk.packing is None and is_compiled(self.backbone):
+            chunk = plain_shape(chunk, pad_id=self.pad_id)
         one_token = self._has_one_token_layer and self.pooling in ONE_TOKEN_POOLINGS
         options: dict[str, Any] = {}
         with (
             torch.autocast(device.type, dtype=self.autocast_dtype)
             if self.autocast_dtype is not None
-            else nullcontext()
+            else nullcontext(),
+            known_padding(padded=chunk.padded),
         ):
             if one_token:
                 options["pooled_tokens"] = pooled_tokens(self.pooling, chunk)
@@ -209,6 +223,8 @@ class Encoder(nn.Module):
         if hidden_nLH.dtype in (torch.bfloat16, torch.float16):
             hidden_nLH = hidden_nLH.float()
         embeddings_nd = hidden_nLH[0] if one_token else pool_chunk(self.pooling, hidden_nLH, chunk)
+        if chunk.packing is None:
+            embeddings_nd = embeddings_nd[:num_rows]
         return F.normalize(embeddings_nd, dim=-1) if self.normalize else embeddings_nd
 
     def make_chunks(self, texts: Texts, tokens_per_chunk: int) -> tuple[list[Rows], list[Chunk]]:
@@ -218,7 +234,7 @@ class Encoder(nn.Module):
             texts: Any number of texts.
             tokens_per_chunk: Most tokens in a chunk, padding included.
         """
-        multiple = self._length_multiple()
+        multiple = length_multiple(self.backbone, self.device, self.autocast_dtype)
         plan = plan_chunks(texts.lengths, tokens_per_chunk, multiple=multiple)
         if self.can_pack and (self.packing == "on" or self._is_worth_packing(texts, plan)):
             plan = plan_chunks(texts.lengths, tokens_per_chunk, packed=True)
@@ -240,10 +256,9 @@ class Encoder(nn.Module):
             return False
         dtype = self.autocast_dtype or self.dtype
         reason = why_not_packable(self.backbone, self.device, dtype)
-        if self._compiled_call_impl is not None or self.backbone._compiled_call_impl is not None:
+        if is_compiled(self):
             reason = "torch.compile would compile anew for the lengths of each chunk"
         if reason is None:
-            use_packed_attention(self.backbone)
             return True
         if not self._told_why_padded:
             level = logging.WARNING if self.packing == "on" else logging.INFO
@@ -326,30 +341,6 @@ class Encoder(nn.Module):
             return True
         padded = sum(len(rows) * int(texts.lengths[rows[0]]) for rows in plan)
         return padded > (1 + WORTH_PACKING) * int(texts.lengths.sum())
-
-    def _length_multiple(self) -> int:
-        """Return what padded lengths are rounded up to: what tensor cores like, without them 1."""
-        low = self.autocast_dtype in (torch.bfloat16, torch.float16)
-        if self.device.type == "cuda" and low:
-            positions = usable_positions(self.backbone)
-            return 8 if positions is None or positions % 8 == 0 else 1
-        return 1
-
-    def _check_tokenizer_and_lengths(self) -> None:
-        config = self.backbone.config
-        known = getattr(config, "vocab_size", None)
-        if known is not None and len(self.tokenizer) > known:
-            raise UserError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, but the model knows {known}: "
-                "use the model's own tokenizer"
-            )
-        positions = usable_positions(self.backbone)
-        for name in ("query_max_tokens", "document_max_tokens"):
-            if positions is not None and getattr(self.text, name) > positions:
-                raise UserError(
-                    f"text.{name}={getattr(self.text, name)} is beyond the {positions} positions "
-                    "of the model; lower it"
-                )
 
 
 def _with_progress(plan: list[Any]) -> Any:

@@ -10,12 +10,13 @@
 A unit is the work of a forward pass; a backward pass is two. A product saves as many
 multiplications for each number kept as it takes in: most in the second product of a feed-forward.
 `layers` and `products` run the whole encoder under torch's checkpointing, which replays the random
-state, so that dropout is exact; what is kept is not computed again.
+state, so that dropout is exact; what is kept is not computed again. They see single operations,
+which neither compiled layers show nor layers that are checkpointed one by one.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,9 +27,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from largebatch.batch import Chunk
+from largebatch.errors import UserError
+from largebatch.model.compiled import has_checkpointed_layers, is_compiled
 
 LEVELS = ("none", "layers", "products", "all")
 """From the least memory to the most."""
+PARTIAL_LEVELS = ("layers", "products")
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
@@ -59,16 +63,38 @@ def embed_keeping(forward: Callable[[Chunk], Tensor], chunk: Chunk, level: str) 
         forward: The encoder, or what a strategy makes of it.
         chunk: The chunk.
         level: One of LEVELS.
+
+    Raises:
+        UserError: The level keeps parts of a graph, which this encoder can't.
     """
     if level == "none":
         with torch.no_grad():
             return forward(chunk)
     if level == "all":
         return forward(chunk)
+    check_level(forward, level)
     embeddings: Tensor = checkpoint(
         forward, chunk, use_reentrant=False, context_fn=partial(_keep_and_reuse, level)
     )
     return embeddings
+
+
+def check_level(forward: Callable[[Chunk], Tensor], level: str) -> None:
+    """Raise a UserError if the encoder's chunks can't keep what `keep=level` says."""
+    if level in PARTIAL_LEVELS and (option := _why_all_or_nothing(forward)) is not None:
+        raise UserError(
+            f"keep={level} can't be used with {option}=true, which leaves nothing between none and "
+            f"all: use keep=none, all or auto, or {option}=false"
+        )
+
+
+def _why_all_or_nothing(forward: Callable[[Chunk], Tensor]) -> str | None:
+    """Return the option that keeps a chunk from keeping parts of its graph, None without one."""
+    if not isinstance(forward, nn.Module):
+        return None
+    if is_compiled(forward):
+        return "backbone.compile"
+    return "backbone.checkpoint_layers" if has_checkpointed_layers(forward) else None
 
 
 def measure_levels(
@@ -80,8 +106,11 @@ def measure_levels(
         forward: The encoder, or what a strategy makes of it.
         chunk: Some chunk, a long one rather than a short one.
         parameters: The encoder's; they are held anyway, and don't count.
+
+    Where there is nothing between none and all, the levels between them cost what all costs.
     """
     counter = _Counter()
+    has_parts = _why_all_or_nothing(forward) is None
     storages: dict[int, torch.UntypedStorage] = {}
     # Gathered weights of fully_shard are no parameters; they count as far as they stay gathered.
     whole = [p for p in parameters if not hasattr(p, "to_local")]
@@ -94,16 +123,18 @@ def measure_levels(
         return tensor
 
     # The graph holds what was counted until the end: no address is used twice.
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), counter:
+    with (
+        torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+        counter if has_parts else nullcontext(),
+    ):
         embeddings = forward(chunk)
     tokens = chunk.input_ids.numel()
     held = sum(storage.nbytes() for storage in storages.values())
     del embeddings
-    costs = {"none": LevelCost(0.0, 1.0)}
-    for level in ("layers", "products"):
+    costs = dict.fromkeys(LEVELS, LevelCost(held / tokens, 0.0)) | {"none": LevelCost(0.0, 1.0)}
+    for level in PARTIAL_LEVELS if has_parts else ():
         saved = counter.flops[level] / max(counter.flops["all"], 1)
         costs[level] = LevelCost(counter.bytes[level] / tokens, 1.0 - saved)
-    costs["all"] = LevelCost(held / tokens, 0.0)
     return costs
 
 
@@ -124,7 +155,9 @@ class _Kept(NamedTuple):
     versions: list[int]
 
 
-class _Keep(TorchDispatchMode):
+class _Selecting(TorchDispatchMode):
+    """Runs all operations but those that a level keeps, which `_select` stands for."""
+
     def __init__(self, level: str, kept: deque[_Kept]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.level, self.kept = level, kept
@@ -133,25 +166,25 @@ class _Keep(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         if _is_kept(self.level, func, args, kwargs):
-            # Without what autograd will hang on it, which would hold the graph.
-            outputs = tree_map_only(Tensor, Tensor.detach, out)
-            self.kept.append(_Kept(func, outputs, _versions(outputs)))
+            return self._select(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _select(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+class _Keep(_Selecting):
+    def _select(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        # Without what autograd will hang on it, which would hold the graph.
+        outputs = tree_map_only(Tensor, Tensor.detach, out)
+        self.kept.append(_Kept(func, outputs, _versions(outputs)))
         return out
 
 
-class _Reuse(TorchDispatchMode):
-    def __init__(self, level: str, kept: deque[_Kept]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.level, self.kept = level, kept
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not _is_kept(self.level, func, args, kwargs):
-            return func(*args, **kwargs)
+class _Reuse(_Selecting):
+    def _select(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
         kept = self.kept.popleft()
         assert kept.func is func, f"{func} is computed again where {kept.func} was kept"
         assert kept.versions == _versions(kept.outputs), f"the output of {func} was overwritten"
@@ -197,7 +230,7 @@ class _Counter(TorchDispatchMode):
             tensors = [
                 t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)
             ]
-            for level in ("layers", "products"):
+            for level in PARTIAL_LEVELS:
                 if _is_kept(level, func, args, kwargs):
                     self.flops[level] += flops
                     self.bytes[level] += sum(t.nbytes for t in tensors)

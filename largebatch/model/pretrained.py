@@ -1,6 +1,7 @@
 """Models and tokenizers from folders, the hub or a config, with errors that one can act on."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch import nn
 
 from largebatch.config import suggest
 from largebatch.errors import UserError
+
+log = logging.getLogger(__name__)
 
 SETTINGS_FILE = "largebatch.json"
 """Holds what a sentence-transformers folder has no place for: the maximum length of each side."""
@@ -114,6 +117,19 @@ def load_tokenizer(name: str) -> Any:
         raise _model_error(name, error) from error
 
 
+def tokenizer_of(name: str, other: str | Path | None) -> Any:
+    """Load a checkpoint's tokenizer, or another one, with a warning if its tokens differ."""
+    if other is None:
+        return load_tokenizer(name)
+    tokenizer = load_tokenizer(str(other))
+    if tokenizer.get_vocab() != load_tokenizer(name).get_vocab():
+        log.warning(
+            "the tokenizer %s differs from that of the checkpoint %s: its token ids will mean "
+            "other words than those that the weights were trained on", other, name,
+        )  # fmt: skip
+    return tokenizer
+
+
 def check_model_folder(name: str, *, weights: bool = True) -> None:
     """Raise a UserError if `name` is a folder that can't be used, or nothing that can be loaded."""
     folder = Path(name).expanduser()
@@ -186,6 +202,18 @@ def read_settings(name: str) -> dict[str, Any]:
         if isinstance(prompt := prompts.get(side), str):
             settings[f"{side}_prompt"] = prompt
     return settings | (_read_json(name, SETTINGS_FILE) or {})
+
+
+def merged_settings(name: str, **given: Any) -> dict[str, Any]:
+    """Return a folder's settings, overridden by those that are given (None: not given)."""
+    settings = read_settings(name)
+    for key in ("query_prompt", "document_prompt"):
+        if given[key] is not None and key in settings and given[key] != settings[key]:
+            log.warning(
+                "%s=%r differs from %r, which the checkpoint %s was trained with",
+                key, given[key], settings[key], name,
+            )  # fmt: skip
+    return settings | {key: value for key, value in given.items() if value is not None}
 
 
 def _pooling_of(name: str, config: dict[str, Any] | None) -> str:

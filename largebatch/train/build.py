@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from largebatch.config import CurriculumConfig, TextConfig, TrainConfig
 from largebatch.data.retries import Retries
 from largebatch.data.schedule import Reweighting, Schedule, SourceShape
@@ -14,12 +16,14 @@ from largebatch.data.shards import resolve_source
 from largebatch.data.source import Source
 from largebatch.data.stream import TextPhase, sample_texts
 from largebatch.data.text import TextSettings, train_tokenizer
+from largebatch.gradcache import GradCache
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.temperature import Temperature
 from largebatch.model.encoder import Encoder
 from largebatch.model.export import save_settings
 from largebatch.model.pretrained import load_tokenizer
 from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.strategy import Strategy, make_strategy
 
 TOKENIZER_RECORDS = 100_000
 """Records that a tokenizer is trained on, spread over the sources."""
@@ -101,6 +105,42 @@ def build_loss(config: TrainConfig) -> ContrastiveLoss:
     )
 
 
+def build_step(
+    config: TrainConfig, encoder: Encoder, collectives: Collectives, device: torch.device
+) -> tuple[Strategy, GradCache]:
+    """Spread an encoder and a new loss over the ranks; called by all ranks.
+
+    Args:
+        config: Of the run.
+        encoder: On `device`, with the same weights on all ranks.
+        collectives: How ranks reach each other.
+        device: Of this rank.
+
+    Raises:
+        UserError: The strategy can't run here, or its options don't fit together.
+    """
+    loss = build_loss(config).to(device)
+    strategy = make_strategy(
+        config.strategy,
+        encoder,
+        loss,
+        config.optim,
+        collectives,
+        device,
+        config.hardware.precision,
+    )
+    return strategy, GradCache(
+        encoder,
+        loss,
+        tokens_per_chunk=(
+            None if config.tokens_per_chunk == "auto" else int(config.tokens_per_chunk)
+        ),
+        keep=config.keep,
+        keep_gib=config.keep_gib,
+        strategy=strategy,
+    )
+
+
 def build_encoder(
     config: TrainConfig,
     folder: Path,
@@ -120,16 +160,21 @@ def build_encoder(
         UserError: The model or its tokenizer can't be used.
     """
     backbone = config.backbone
+    how: dict[str, Any] = {
+        "attention": backbone.attention,
+        "packing": backbone.packing,
+        "compile": backbone.compile,
+        "checkpoint_layers": backbone.checkpoint_layers,
+    }
     if resumes:
-        return Encoder.from_settings(folder, attention=backbone.attention, packing=backbone.packing)
+        return Encoder.from_settings(folder, **how)
     if backbone.path is not None:
         encoder = Encoder.from_pretrained(
             backbone.path,
             tokenizer=backbone.tokenizer,
-            attention=backbone.attention,
-            packing=backbone.packing,
             pooling=config.pooling.mode,
             normalize=config.pooling.normalize,
+            **how,
             **_given(config.text),
         )
         collectives.on_main(lambda: save_settings(encoder, folder))
@@ -142,7 +187,6 @@ def build_encoder(
                 _tokenizer(config, sources, shares),
                 config=backbone.config,
                 attention=backbone.attention,
-                packing=backbone.packing,
                 pooling=config.pooling.mode,
                 normalize=config.pooling.normalize,
                 **_given(config.text),
@@ -151,7 +195,7 @@ def build_encoder(
         )
 
     collectives.on_main(start_from_scratch)
-    return Encoder.from_settings(folder, attention=backbone.attention, packing=backbone.packing)
+    return Encoder.from_settings(folder, **how)
 
 
 def _given(text: TextConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def bound_kernel_cache() -> None:
@@ -35,3 +36,15 @@ def peak_memory_gib(device: torch.device) -> float:
                 return int(line.split()[1]) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def forget_peak(device: torch.device) -> float:
+    """Make the peak start anew at what is held now, and return that in GiB.
+
+    Where that is not possible (main memory, but not on Linux) it goes on from the process's start.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR_REFS.exists():
+        _CLEAR_REFS.write_text("5", encoding="ascii")
+    return peak_memory_gib(device)

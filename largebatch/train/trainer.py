@@ -1,7 +1,6 @@
 """The training run: build the parts, resume, loop, and leave a scored, loadable model behind."""
 
 import json
-import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -17,17 +16,10 @@ from largebatch.batch import RankBatch, Texts
 from largebatch.budget import KeepPlan
 from largebatch.config import TrainConfig
 from largebatch.errors import UserError
-from largebatch.gradcache import GradCache
 from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
-from largebatch.parallel.process_group import (
-    choose_device,
-    process_group,
-    world_from_environment,
-)
-from largebatch.parallel.strategy import make_strategy
 from largebatch.phases import phase
-from largebatch.train.build import build_encoder, build_loss
+from largebatch.train.build import build_encoder, build_step
 from largebatch.train.checkpoint import (
     Best,
     Tensors,
@@ -44,9 +36,9 @@ from largebatch.train.checkpoint import (
 from largebatch.train.evaluation import Evaluation, load_sets
 from largebatch.train.feed import Feed
 from largebatch.train.loggers import RunLog
-from largebatch.train.memory import bound_kernel_cache
 from largebatch.train.metrics import StepMeter
 from largebatch.train.plots import draw_plots
+from largebatch.train.process import connected
 from largebatch.train.report import print_lines, print_result
 from largebatch.train.resume import check_same_run
 from largebatch.train.step import train_step
@@ -61,14 +53,7 @@ def train(config: TrainConfig) -> None:
     Raises:
         UserError: Something that the user can mend is wrong, on all ranks or on this one.
     """
-    world = world_from_environment()
-    device = choose_device(config.hardware.device, world)
-    bound_kernel_cache()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if config.hardware.tf32 else "highest")
-    torch.set_num_threads(_threads(config, world.size))
-    with process_group(world, device, config.strategy), ExitStack() as stack:
-        collectives = Collectives()
+    with connected(config) as (device, collectives), ExitStack() as stack:
         folder = Path(config.output_dir)
         collectives.on_main(lambda: _open_folder(folder, stack))
         _Run(config, folder, device, collectives).start(stack)
@@ -106,28 +91,10 @@ class _Run:
             shares=self.feed.schedule.shares(0),
         )
         self.encoder = encoder.to(device).train()
-        self.loss = build_loss(config).to(device)
-        self.strategy = make_strategy(
-            config.strategy,
-            encoder,
-            self.loss,
-            config.optim,
-            collectives,
-            device,
-            config.hardware.precision,
-        )
         self.best: Best | None = None
 
         # 4. The step.
-        auto = config.tokens_per_chunk == "auto"
-        self.grad_cache = GradCache(
-            self.encoder,
-            self.loss,
-            tokens_per_chunk=None if auto else int(config.tokens_per_chunk),
-            keep=config.keep,
-            keep_gib=config.keep_gib,
-            strategy=self.strategy,
-        )
+        self.strategy, self.grad_cache = build_step(config, self.encoder, collectives, device)
         self.restore()
         self.evaluation = Evaluation(self.strategy, config.eval.batch_tokens)
 
@@ -208,7 +175,7 @@ class _Run:
             if step % config.logger.every_steps == 0 or evaluates or saves:
                 # The one place where this process waits for the device. Also before each
                 # checkpoint, so that none ever holds weights that are not finite.
-                values = meter.read(step, self.strategy, self.loss)
+                values = meter.read(step, self.strategy, self.strategy.loss)
                 self.feed.count_skipped(step, meter.num_skipped)
                 self._log(step, values | self.feed.metrics(step))
             improved = False
@@ -387,13 +354,6 @@ def _open_folder(folder: Path, stack: ExitStack) -> None:
             f"output_dir={str(folder)!r} is in use by another run; wait for it, or choose another"
         ) from None
     stack.callback(lock.release)
-
-
-def _threads(config: TrainConfig, world_size: int) -> int:
-    if config.hardware.threads:
-        return config.hardware.threads
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
 def _dropout_seed(seed: int, rank: int, step: int) -> int:

@@ -4,7 +4,6 @@ import json
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from dist import run_ranks
@@ -19,10 +18,8 @@ from numerics.reference import (
     tiny_loss,
 )
 
-import largebatch.gradcache
-from largebatch import budget
 from largebatch.batch import Texts
-from largebatch.budget import KeepPlan, choose_tokens_per_chunk, measured_budget
+from largebatch.budget import KeepPlan, measured_budget
 from largebatch.config import OptimConfig, StrategyConfig
 from largebatch.errors import UserError
 from largebatch.gradcache import GradCache
@@ -31,7 +28,6 @@ from largebatch.model.keep import (
     LevelCost,
     _Counter,
     _is_kept,
-    embed_keeping,
     measure_levels,
 )
 from largebatch.parallel.collectives import Collectives

@@ -19,7 +19,7 @@ from numerics.reference import (
 )
 from numerics.tiny_run import STEPS, STOP, tiny_config, write_data
 
-import largebatch.gradcache
+import largebatch.passes
 from largebatch.config import OptimConfig
 from largebatch.errors import UserError
 from largebatch.gradcache import GradCache
@@ -61,7 +61,7 @@ def seen_passes(monkeypatch):
         push(passes, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(largebatch.gradcache, "push", note)
+        patch.setattr(largebatch.passes, "push", note)
         yield seen
 
 
@@ -113,7 +113,7 @@ def test_chunks_that_were_embedded_are_not_embedded_again(monkeypatch):
             raise torch.OutOfMemoryError
         return embed_keeping(forward, chunk, level)
 
-    monkeypatch.setattr(largebatch.gradcache, "embed_keeping", embed)
+    monkeypatch.setattr(largebatch.passes, "embed_keeping", embed)
     with seen_passes(monkeypatch) as passes:
         step(QUERIES, DOCUMENTS)
     found = gradients(encoder, loss)
@@ -143,7 +143,7 @@ def test_less_is_kept(monkeypatch, options):
             raise torch.OutOfMemoryError
         return embed_keeping(forward, chunk, level)
 
-    monkeypatch.setattr(largebatch.gradcache, "embed_keeping", embed)
+    monkeypatch.setattr(largebatch.passes, "embed_keeping", embed)
     with seen_passes(monkeypatch) as passes:
         first = step.report(QUERIES, DOCUMENTS)
     assert first.units == 4
@@ -238,7 +238,7 @@ def largest_chunk(config, most_tokens):
         sizes.append(chunk.input_ids.numel())
         return embed_keeping(forward, chunk, level)
 
-    largebatch.gradcache.embed_keeping = embed
+    largebatch.passes.embed_keeping = embed
     trainer.train(config)
     return max(sizes)
 

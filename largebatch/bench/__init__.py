@@ -1,0 +1,1 @@
+"""Measuring a run's steps: floating-point operations, the machine's matmul rate, time by phase."""
