@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from largebatch.config import OptimConfig
 from largebatch.losses.infonce import ContrastiveLoss
+from largebatch.model.compiled import layers_of
 from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import one_reduction, start_equal
@@ -62,7 +63,7 @@ class FullyShardedModel(OptimizedModules):
                 reduce_dtype=torch.float32,
                 cast_forward_inputs=False,
             )
-        for module in (*layers_of(encoder), encoder):
+        for module in (*layers_of(encoder.backbone), encoder):
             fully_shard(
                 module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
             )
@@ -104,21 +105,6 @@ class FullyShardedModel(OptimizedModules):
             name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             for name, tensor in self.encoder.state_dict().items()
         }
-
-
-def layers_of(encoder: Encoder) -> list[nn.Module]:
-    """Return the layers of a backbone: the entries of its outermost module lists."""
-    found: list[nn.Module] = []
-
-    def search(module: nn.Module) -> None:
-        for child in module.children():
-            if isinstance(child, nn.ModuleList):
-                found.extend(child)
-            else:
-                search(child)
-
-    search(encoder.backbone)
-    return found
 
 
 def skeleton_of(encoder: Encoder) -> Encoder:

@@ -7,14 +7,15 @@ from numerics.reference import tiny_encoder, tiny_loss
 from torch.distributed.fsdp import FSDPModule
 
 from largebatch.config import OptimConfig
+from largebatch.model.compiled import layers_of
 from largebatch.parallel.collectives import Collectives
-from largebatch.parallel.fsdp import FullyShardedModel, filled, layers_of, skeleton_of
+from largebatch.parallel.fsdp import FullyShardedModel, filled, skeleton_of
 
 
 def test_layers_of_a_backbone():
     encoder = tiny_encoder()
-    assert layers_of(encoder) == list(encoder.backbone.encoder.layer)
-    assert len(layers_of(encoder)) == 2
+    assert layers_of(encoder.backbone) == list(encoder.backbone.encoder.layer)
+    assert len(layers_of(encoder.backbone)) == 2
 
 
 def test_a_skeleton_has_no_weights_but_while_it_is_filled():
