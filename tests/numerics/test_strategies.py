@@ -1,10 +1,13 @@
 """Every strategy gives the numbers of ddp: gradient, clipping, steps, checkpoints, embeddings."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from dist import run_ranks
+from numerics.on_strategies import TOLERANCES, config_of, whole_gradients
 from numerics.reference import (
     full_batch_gradient,
     random_texts,
@@ -13,13 +16,13 @@ from numerics.reference import (
     tiny_loss,
 )
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.config import OptimConfig, StrategyConfig
 from largebatch.gradcache import GradCache
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.deepspeed_build import prepare
+from largebatch.parallel.fsdp import FullyShardedModel
 from largebatch.parallel.strategy import make_strategy
 from largebatch.train.checkpoint import (
     Tensors,
@@ -37,18 +40,6 @@ QUERIES = random_texts(NUM_PAIRS, longest=9, seed=1)
 DOCUMENTS = random_texts(NUM_PAIRS, longest=30, seed=2)
 CPU = torch.device("cpu")
 OPTIM = OptimConfig(weight_decay=0.1)
-
-
-def config_of(name):
-    """Return the config of `ddp`, `fsdp` or `zeroN`."""
-    if not name.startswith("zero"):
-        return StrategyConfig(name=name)
-    return StrategyConfig(
-        name="deepspeed",
-        zero_stage=int(name[-1]),
-        # Tiny weights lie below the default, and would never be sharded.
-        config={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
-    )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -69,6 +60,7 @@ class Parts:
         offload=False,
         budget=40,
         keep="none",
+        keep_gib=None,
         precision="float32",
         seed=0,
         dtype=None,
@@ -84,7 +76,12 @@ class Parts:
             config, self.encoder, loss, OPTIM, self.collectives, CPU, precision
         )
         self.grad_cache = GradCache(
-            self.encoder, loss, tokens_per_chunk=budget, keep=keep, strategy=self.strategy
+            self.encoder,
+            loss,
+            tokens_per_chunk=budget,
+            keep=keep,
+            keep_gib=keep_gib,
+            strategy=self.strategy,
         )
 
     def gradient(self, split, queries=QUERIES, documents=DOCUMENTS):
@@ -92,26 +89,6 @@ class Parts:
         world = self.collectives.world
         rows = split(len(queries), world.rank, world.size)
         return self.grad_cache.report([queries[i] for i in rows], [documents[i] for i in rows])
-
-
-def whole_gradients(strategy):
-    """Return the gradients by name, whole, on every rank."""
-    found = {}
-    for module in (getattr(strategy.encoder, "module", strategy.encoder), strategy.loss):
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                found[name] = whole_gradient(parameter).clone()
-    return found
-
-
-def whole_gradient(parameter):
-    if isinstance(parameter.grad, DTensor):
-        return parameter.grad.full_tensor()
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-        from deepspeed.utils import safe_get_full_grad
-
-        return safe_get_full_grad(parameter)
-    return parameter.grad
 
 
 def even(num_rows, rank, size):
@@ -132,7 +109,6 @@ def expected_gradient():
     return expected
 
 
-TOLERANCES = {"ddp": 1e-6, "fsdp": 1e-6} | dict.fromkeys(("zero0", "zero1", "zero2", "zero3"), 1e-4)
 SPLITS = {"even": even, "uneven": uneven, "empty": empty}
 
 
@@ -157,6 +133,59 @@ def test_gradient_is_that_of_the_full_batch(name, tolerance, keep):
         assert relative_error(second[split, budget][1], expected) < tolerance
         chunks_differ = num_chunks != second[split, budget][0]
         assert chunks_differ == (split == "empty" or budget == 30)
+
+
+NEGATIVES = random_texts(7, longest=20, seed=3)
+ALL, NONE = range(NUM_PAIRS), range(0)
+# Which pairs and which negatives each of three ranks has, step by step. The first step measures.
+THIRDS = [
+    [(NONE, NONE), (ALL, NONE), (NONE, range(7))],
+    [(range(1), NONE), (range(1, 12), range(7)), (range(12, 13), NONE)],
+    [(ALL, range(3)), (NONE, range(3, 7)), (NONE, NONE)],
+]
+MEMORY = {
+    "nothing kept": {"keep": "none"},
+    "products": {"keep": "products"},
+    "some of each": {"keep": "auto", "keep_gib": 2e-4},
+    "chunks chosen": {"keep": "all", "budget": None},
+}
+
+
+def uneven_steps_on_rank(name, *, fills_up=True):
+    """Take steps with each way to spend memory; return their losses."""
+    losses = {}
+    if not fills_up:
+        FullyShardedModel.equal_chunks = False
+    for case, options in MEMORY.items():
+        parts = Parts(name, dtype=torch.float32, **options)
+        world, losses[case] = parts.collectives.world, []
+        for layout in THIRDS:
+            pairs, negatives = layout[world.rank] if world.size > 1 else (ALL, range(7))
+            report = parts.grad_cache.report(
+                [QUERIES[i] for i in pairs],
+                [DOCUMENTS[i] for i in pairs],
+                [NEGATIVES[i] for i in negatives],
+            )
+            parts.strategy.clip_gradients(1.0)
+            parts.strategy.step(1e-2)
+            parts.strategy.zero_grad()
+            losses[case].append(float(report.loss))
+    return losses
+
+
+@pytest.mark.parametrize("name", TOLERANCES)
+def test_no_rank_waits_for_another_however_uneven_they_are(name):
+    """A hang ends the ranks, and says where each of them stood."""
+    (expected,) = run_ranks(uneven_steps_on_rank, 1, "ddp")
+    assert abs(expected["products"][0] / expected["products"][-1] - 1) > 0.1  # it learns
+    for losses in run_ranks(uneven_steps_on_rank, 3, name, timeout_s=150):
+        for case, found in losses.items():
+            np.testing.assert_allclose(found, expected[case], rtol=1e-3, err_msg=case)
+
+
+def test_ranks_that_do_not_fill_up_are_found_out():
+    with pytest.raises((TimeoutError, RuntimeError)):
+        run_ranks(partial(uneven_steps_on_rank, "fsdp", fills_up=False), 3, timeout_s=15)
 
 
 class Recorder(TorchDispatchMode):

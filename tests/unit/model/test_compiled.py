@@ -169,7 +169,6 @@ def test_parts_of_a_graph_are_not_kept(graphs, keep, option):
         ("ddp", "compile"),
         ("fsdp", "compile"),
         ("zero2", "compile"),
-        ("zero3", "compile"),
         ("ddp", "checkpoint_layers"),
         ("fsdp", "checkpoint_layers"),
         ("zero2", "checkpoint_layers"),

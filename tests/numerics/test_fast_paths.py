@@ -1,0 +1,338 @@
+"""All fast paths together, under every strategy, give the gradient of the plain full batch.
+
+One life of the ranks takes a step on each of many paths, since starting ranks costs more than a
+step; what is wrong is told path by path. Mistakes are planted in the ranks' own processes, and
+vanish with them.
+"""
+
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import pytest
+import torch
+from dist import run_ranks
+from numerics.on_strategies import TOLERANCES
+from numerics.reference import relative_error, tiny_encoder
+from numerics.uneven import (
+    ALL_PATHS,
+    CASES,
+    COMPILED,
+    SOME_PATHS,
+    Found,
+    Paths,
+    gradients_on_rank,
+    plain_gradient,
+)
+
+import largebatch.gradcache as gradcache_module
+import largebatch.model.encoder as encoder_module
+import largebatch.model.keep as keep_module
+import largebatch.objective as objective_module
+import largebatch.parallel.deepspeed as deepspeed_module
+import largebatch.passes as passes_module
+from largebatch.batch import Run
+from largebatch.model import attention
+from largebatch.parallel import fsdp
+from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.deepspeed_build import prepare
+
+OTHERS = [one for one in ALL_PATHS if one not in SOME_PATHS]
+MEAN = "longer, symmetric, mean"
+CLS_DROPOUT = "longer, one way, cls, dropout"
+LAST_DROPOUT = "empty, symmetric, last, dropout"
+LAST = "negatives only, one way, last"
+SENDING_EARLY = ("ddp", "zero0", "zero1", "zero2")
+UNITS = {"none": (4, 4), "layers": (3.5, 4), "products": (3, 3.1), "all": (3, 3), "auto": (3, 4)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imported_once():
+    """Import and build here what each rank would after its fork."""
+    tiny_encoder()
+    prepare(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def dynamo():
+    """Compile something here, which imports a lot."""
+    torch.compile(torch.nn.Linear(2, 2), backend="aot_eager", dynamic=True)(torch.ones(2, 2))
+
+
+def errors(name: str, paths: list[Paths], plant=None) -> dict[Paths, float]:
+    """Return the largest relative error of loss and gradients over two ranks, path by path."""
+    ranks = run_ranks(planted_on_rank, 2, plant, name, paths, timeout_s=180)
+    found_errors = {}
+    for one in paths:
+        value, expected = plain_gradient(CASES[one.case], one.how, name in SENDING_EARLY)
+        found = [rank[one] for rank in ranks]
+        found_errors[one] = max(
+            *(abs(rank.loss / value - 1) for rank in found),
+            *(relative_error(rank.gradients, expected) for rank in found),
+        )
+        if plant is None:
+            assert_taken(one, found)
+    return found_errors
+
+
+def planted_on_rank(plant, name: str, paths: list[Paths]) -> dict[Paths, Found]:
+    if plant is not None:
+        plant()
+    return gradients_on_rank(name, paths)
+
+
+def assert_taken(one: Paths, ranks: list[Found]) -> None:
+    """Check that the paths were really taken."""
+    assert ranks[0].num_chunks != ranks[1].num_chunks, one
+    assert sum(rank.num_repeated_tokens for rank in ranks) > 0, one
+    assert (sum(rank.num_padding_tokens for rank in ranks) == 0) == (one.how == "packed"), one
+    lowest, highest = UNITS[one.keep]
+    units = [rank.units for rank in ranks if rank.num_chunks]
+    assert all(lowest <= number <= highest for number in units), one
+    if one.how != "compiled" and one.keep in ("layers", "auto"):
+        assert any(lowest < number < highest for number in units), one
+
+
+@pytest.mark.parametrize(
+    "paths", [SOME_PATHS, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["some", "others"]
+)
+@pytest.mark.parametrize("name", TOLERANCES)
+def test_gradient_is_that_of_the_full_batch(name, paths):
+    found = errors(name, paths)
+    assert {one: error for one, error in found.items() if not error < TOLERANCES[name]} == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "paths"),
+    [
+        ("ddp", [one for one in COMPILED if one.case == CLS_DROPOUT]),
+        *(pytest.param(name, COMPILED, marks=pytest.mark.slow) for name in TOLERANCES),
+    ],
+    ids=["ddp-some", *TOLERANCES],
+)
+# Dynamo looks at the attribute of every tensor.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.usefixtures("dynamo")
+def test_gradient_of_compiled_layers_is_that_of_the_full_batch(name, paths):
+    found = errors(name, paths)
+    assert {one: error for one, error in found.items() if not error < TOLERANCES[name]} == {}
+
+
+def replay_without_its_random_state():
+    """Chunks that kept nothing draw other dropout masks when they are embedded again."""
+
+    @contextmanager
+    def not_replayed(_):
+        yield
+
+    keep_module.RandomState.replayed = not_replayed
+
+
+def recompute_without_its_random_state():
+    """Chunks that kept a part draw other dropout masks for the rest."""
+    keep_module.checkpoint = partial(keep_module.checkpoint, preserve_rng_state=False)
+
+
+def kept_products_are_a_neighbours():
+    """What is computed again takes the last output that was kept, wherever it fits."""
+    plain = keep_module._Reuse.__torch_dispatch__
+
+    def dispatch(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.addmm.default and self.kept[0].func is func:
+            shape = self.kept[0].outputs.shape
+            for place, kept in enumerate(self.kept):
+                if place and kept.func is func and kept.outputs.shape == shape:
+                    self.kept[0], self.kept[place] = self.kept[place], self.kept[0]
+                    break
+        return plain(self, func, types, args, kwargs)
+
+    keep_module._Reuse.__torch_dispatch__ = dispatch
+
+
+def packed_texts_see_each_other():
+    """Attention in a packed row knows no boundaries."""
+    plain = attention.packed_attention
+
+    def attend(*arguments, packing=None, **options):
+        if packing is not None:
+            packing = packing._replace(runs=(Run(1, packing.position_ids.numel()),))
+        return plain(*arguments, packing=packing, **options)
+
+    attention.packed_attention = attend
+
+
+def packed_positions_go_on():
+    """A packed text's positions are counted from the beginning of the row."""
+    plain = encoder_module.run_packed
+
+    def run(backbone, input_ids, packing, **options):
+        going_on = torch.arange(input_ids.numel())[None] % 48
+        return plain(backbone, input_ids, packing._replace(position_ids=going_on), **options)
+
+    encoder_module.run_packed = run
+
+
+def padding_is_attended_to():
+    """The mask is of ones, whatever is padded."""
+    plain = encoder_module.pad_chunks
+
+    def pad(*arguments, **options):
+        return [
+            chunk._replace(attention_mask=torch.ones_like(chunk.attention_mask))
+            for chunk in plain(*arguments, **options)
+        ]
+
+    encoder_module.pad_chunks = pad
+
+
+def last_layer_at_another_token():
+    """What is pooled is the token before the right one, or behind it."""
+    plain = encoder_module.pooled_tokens
+
+    def tokens(pooling, chunk):
+        step = 1 if pooling == "cls" else -1
+        return (plain(pooling, chunk) + step).clamp(0, chunk.input_ids.numel() - 1)
+
+    encoder_module.pooled_tokens = tokens
+
+
+def last_layer_pools_the_text_before():
+    """Each text gets the pooled token of its neighbour in the chunk."""
+    plain = encoder_module.pooled_tokens
+    encoder_module.pooled_tokens = lambda pooling, chunk: plain(pooling, chunk).roll(1)
+
+
+def fillers_have_a_gradient():
+    """Chunks that only make counts equal push something into the weights."""
+    plain = passes_module._gradient_of
+
+    def gradient(one, gradients_ud):
+        found = plain(one, gradients_ud)
+        return found if len(one.rows_n) else torch.ones_like(found)
+
+    passes_module._gradient_of = gradient
+
+
+def duplicates_count_once():
+    """A text that occurs several times gets the gradient of its first occurrence only."""
+    plain = objective_module.ContrastiveObjective.__call__
+
+    def call(self, *sides, **options):
+        rows = torch.cat(sides)
+        same = (rows[:, None] == rows).all(2)
+        is_first = ~same.tril(-1).any(1, keepdim=True)
+        first_only = torch.where(is_first, rows, rows.detach())
+        return plain(self, *first_only.split([len(side) for side in sides]), **options)
+
+    objective_module.ContrastiveObjective.__call__ = call
+
+
+def rows_stay_in_the_order_of_chunks():
+    """Embeddings are not brought back into the order of the texts."""
+    plain = encoder_module.Encoder.make_chunks
+
+    def make(self, texts, tokens_per_chunk):
+        plan, chunks = plain(self, texts, tokens_per_chunk)
+        starts = [sum(len(rows) for rows in plan[:number]) for number in range(len(plan))]
+        return [
+            rows * 0 + start + range(len(rows)) for rows, start in zip(plan, starts, strict=True)
+        ], chunks
+
+    encoder_module.Encoder.make_chunks = make
+
+
+def duplicates_on_other_ranks_are_negatives():
+    """A rank knows its own texts only."""
+    plain = objective_module.FalseNegatives
+
+    def of_own(of_ranks, *, rank, device):
+        strangers = [
+            hashes._make(None if part is None else part + number + 1 for part in hashes)
+            if number != rank
+            else hashes
+            for number, hashes in enumerate(of_ranks)
+        ]
+        return plain(strangers, rank=rank, device=device)
+
+    objective_module.FalseNegatives = of_own
+
+
+def records_are_not_known():
+    """False negatives are found by their texts, not by their records."""
+    plain = gradcache_module.GradCache.report
+
+    def report(self, *sides, ids=None, **options):
+        return plain(self, *sides, **options)
+
+    gradcache_module.GradCache.report = report
+
+
+def columns_of_this_rank_only():
+    """Documents look for their queries among those of their own rank."""
+    plain = Collectives.combine
+
+    def combine(self, logsumexps_m, highest_m, sums_k):
+        _, highest_m, sums_k = plain(self, logsumexps_m, highest_m, sums_k)
+        return logsumexps_m, highest_m, sums_k
+
+    Collectives.combine = combine
+
+
+def temperature_is_not_averaged():
+    """Beside the sharded encoder, the temperature keeps its own rank's gradient."""
+    fsdp.one_reduction = lambda *_: nullcontext()
+
+
+def last_pass_is_not_announced():
+    """The strategy waits for a last backward pass that never comes."""
+    plain = fsdp.FullyShardedModel._backward
+
+    def backward(self, embeddings, gradients, *, last):
+        plain(self, embeddings, gradients, last=False)
+
+    fsdp.FullyShardedModel._backward = backward
+
+
+def last_chunk_only():
+    """What DeepSpeed's stages 1 and 2 hold after a plain backward pass per chunk."""
+    plain = deepspeed_module.DeepSpeedModel._backward
+
+    def backward(self, embeddings, gradients, *, last):
+        if last:
+            plain(self, embeddings[-1:], gradients[-1:], last=last)
+
+    deepspeed_module.DeepSpeedModel._backward = backward
+
+
+MISTAKES = [
+    (replay_without_its_random_state, "ddp", (CLS_DROPOUT, "none", "padded")),
+    (replay_without_its_random_state, "fsdp", (LAST_DROPOUT, "auto", "packed")),
+    (recompute_without_its_random_state, "ddp", (LAST_DROPOUT, "products", "packed")),
+    (recompute_without_its_random_state, "fsdp", (CLS_DROPOUT, "layers", "padded")),
+    (kept_products_are_a_neighbours, "ddp", (MEAN, "products", "packed")),
+    (packed_texts_see_each_other, "fsdp", (MEAN, "all", "packed")),
+    (packed_positions_go_on, "ddp", (LAST, "none", "packed")),
+    (padding_is_attended_to, "fsdp", (MEAN, "none", "padded")),
+    (last_layer_at_another_token, "ddp", (LAST, "layers", "padded")),
+    (last_layer_at_another_token, "ddp", (CLS_DROPOUT, "layers", "packed")),
+    (last_layer_pools_the_text_before, "ddp", (LAST, "none", "packed")),
+    (fillers_have_a_gradient, "fsdp", (MEAN, "all", "packed")),
+    (fillers_have_a_gradient, "zero3", (LAST_DROPOUT, "none", "padded")),
+    (duplicates_count_once, "ddp", (MEAN, "none", "packed")),
+    (rows_stay_in_the_order_of_chunks, "ddp", (MEAN, "all", "padded")),
+    (duplicates_on_other_ranks_are_negatives, "ddp", (MEAN, "none", "padded")),
+    (records_are_not_known, "ddp", (MEAN, "none", "padded")),
+    (columns_of_this_rank_only, "ddp", (MEAN, "none", "padded")),
+    (temperature_is_not_averaged, "fsdp", (MEAN, "none", "padded")),
+    (last_pass_is_not_announced, "fsdp", (MEAN, "none", "padded")),
+    (last_chunk_only, "zero2", (MEAN, "none", "padded")),
+]
+
+
+@pytest.mark.parametrize(
+    ("plant", "name", "paths"),
+    MISTAKES,
+    ids=[f"{plant.__name__}-{name}-{', '.join(paths)}" for plant, name, paths in MISTAKES],
+)
+def test_mistakes_are_seen(plant, name, paths):
+    one = Paths(*paths)
+    assert errors(name, [one], plant)[one] > 1e-3
