@@ -60,7 +60,7 @@ def dynamo():
 
 def errors(name: str, paths: list[Paths], plant=None) -> dict[Paths, float]:
     """Return the largest relative error of loss and gradients over two ranks, path by path."""
-    ranks = run_ranks(planted_on_rank, 2, plant, name, paths, timeout_s=180)
+    ranks = run_ranks(planted_on_rank, 2, plant, name, paths, timeout_s=300)
     found_errors = {}
     for one in paths:
         value, expected = plain_gradient(CASES[one.case], one.how, name in SENDING_EARLY)
