@@ -35,8 +35,9 @@ def compile_layers(backbone: nn.Module) -> None:
         )
     if BACKEND == "inductor":
         check_compiler()
-        # Inductor's own random numbers would differ between a graph with and one without a backward
-        # pass, and so between a chunk's first pass and its replay; torch's are drawn in order.
+        # Inductor has random numbers of its own, numbered by graph, and the first pass and the
+        # replay of a chunk are two graphs. torch's depend on the order of the draws alone: the
+        # masks are those that are drawn without compiling.
         options: dict[str, Any] = {"options": {"fallback_random": True}}
     else:
         options = {}
