@@ -89,7 +89,7 @@ def measure(
         if name == "to 8":
             plan = plan_chunks(texts.lengths, budget, multiple=8)
             chunks = pad_chunks(texts, plan, pad_id=0, device=encoder.device, multiple=8)
-        padded = sum(chunk.input_ids.numel() for chunk in chunks)
+        padded = sum(chunk.num_tokens for chunk in chunks)
         # Evenly spread chunks, so that a pass over a large batch is short.
         every = max(1, -(-padded // most_tokens))
         work[name] = (chunks[::every], padded / int(texts.lengths.sum()) - 1)

@@ -108,3 +108,8 @@ class Chunk(NamedTuple):
     """None: the texts are padded."""
     padded: bool = True
     """Whether there may be padding. Known on the host, so that nobody must ask the device."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, padding included."""
+        return self.input_ids.numel()

@@ -16,6 +16,7 @@ from largebatch.model.keep import LEVELS, LevelCost, RandomState
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import backward as backward_locally
 from largebatch.parallel.strategy import Strategy
+from largebatch.transfer import wait_for
 
 log = logging.getLogger(__name__)
 
@@ -269,12 +270,12 @@ def _tokens_per_s(
             fastest = float("inf")
             for again in range(tries, 0, -1):
                 try:
-                    _wait_for(encoder.device)
+                    wait_for(encoder.device)
                     start = time.perf_counter()
                     embeddings = forward(chunks[number])
                     last = half == 1 and again == 1
                     backward([embeddings], [torch.ones_like(embeddings)], last=last)
-                    _wait_for(encoder.device)
+                    wait_for(encoder.device)
                 except torch.OutOfMemoryError:
                     torch.cuda.empty_cache()
                     return 0.0, False
@@ -282,8 +283,3 @@ def _tokens_per_s(
             seconds += fastest
             tokens += float(texts.lengths[plan[number]].sum())
     return max(tokens, 1.0) / seconds, len(chunks) == 1
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

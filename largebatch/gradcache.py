@@ -199,7 +199,6 @@ class GradCache:
         embeddings_ud = torch.empty(
             num_distinct, self.encoder.embedding_width, dtype=self.encoder.dtype, device=device
         )
-        places_n = to_device(distinct.places, device)
         sending = Sending(self.collectives, rows.columns, embeddings_ud, columns)
         embedded = self.passes.embed(
             distinct.texts, chunks, rows.most_chunks, embeddings_ud, sending
@@ -207,7 +206,9 @@ class GradCache:
 
         # 2. Loss, and its gradient with respect to the embeddings.
         leaf_ud = embeddings_ud.requires_grad_()
-        embeddings_nd = leaf_ud[places_n] if num_distinct < texts.num_texts else leaf_ud
+        embeddings_nd = leaf_ud
+        if num_distinct < texts.num_texts:
+            embeddings_nd = leaf_ud[to_device(distinct.places, device)]
         value = self.objective(
             *embeddings_nd.split(sizes),
             rows=rows,
@@ -229,9 +230,9 @@ class GradCache:
             embeddings_finite=embeddings_ud.detach().isfinite().all(),
             num_tokens=int(texts.lengths.sum()),
             num_encoded_tokens=int(distinct.texts.lengths.sum()),
-            num_padded_tokens=sum(one.num_tokens for one in own),
+            num_padded_tokens=sum(one.chunk.num_tokens for one in own),
             num_chunks=len(own),
-            units=self.memory.units([(one.level, one.num_tokens) for one in embedded])
+            units=self.memory.units([(one.level, one.chunk.num_tokens) for one in embedded])
             + self.encoder.extra_units,
         )
 

@@ -29,11 +29,8 @@ class PlannedChunk(NamedTuple):
     rows: Rows
     """`[n]`, which of the rank's texts are in it; none for a chunk that only fills up."""
     chunk: Chunk
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens, padding included."""
-        return self.chunk.input_ids.numel()
+    has_columns: bool
+    """Whether one of its texts is a document or negative of this rank."""
 
 
 class EmbeddedChunk(NamedTuple):
@@ -49,11 +46,6 @@ class EmbeddedChunk(NamedTuple):
     embeddings_nd: Tensor
     """With a graph unless the level is none."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens, padding included."""
-        return self.chunk.input_ids.numel()
-
     def forgotten(self) -> "EmbeddedChunk":
         """Return it with nothing kept."""
         return self._replace(level="none", embeddings_nd=self.embeddings_nd.detach())
@@ -66,27 +58,25 @@ class Sending:
         collectives: How ranks reach each other.
         counts: Columns of each rank.
         embeddings_ud: Of this rank's distinct texts; filled in chunk by chunk.
-        places: `[m]`, which of them are this rank's columns.
+        columns: `[m]`, which of them are this rank's columns.
     """
 
     def __init__(
-        self, collectives: Collectives, counts: list[int], embeddings_ud: Tensor, places: Rows
+        self, collectives: Collectives, counts: list[int], embeddings_ud: Tensor, columns: Rows
     ) -> None:
-        self.places = places
+        self.columns = columns
         self.started: Gathering | None = None
         self._collectives = collectives
         self._counts = counts
         self._embeddings_ud = embeddings_ud
-        self._is_column = np.zeros(len(embeddings_ud), np.bool_)
-        self._is_column[places] = True
 
     def start_if_complete(self, left: Sequence[PlannedChunk]) -> None:
         """Start, unless it has begun or one of the chunks that are left holds a column."""
-        if self.started is None and not any(self._is_column[one.rows].any() for one in left):
+        if self.started is None and not any(one.has_columns for one in left):
             with phase("gather"):
-                places_m = to_device(self.places, self._embeddings_ud.device)
+                columns_m = to_device(self.columns, self._embeddings_ud.device)
                 self.started = self._collectives.start_gather(
-                    self._embeddings_ud[places_m], self._counts
+                    self._embeddings_ud[columns_m], self._counts
                 )
 
 
@@ -128,7 +118,7 @@ class Passes:
 
         Where columns are sent early, chunks that hold one of `columns` come before all others.
         """
-        return self._plan(texts, np.arange(texts.num_texts), columns)
+        return self._cut(texts, np.arange(texts.num_texts), columns)
 
     def embed(
         self,
@@ -168,13 +158,14 @@ class Passes:
                     sending.start_if_complete([planned for planned, _ in left])
                 continue
             state.restore()
-            held = [(one.level, one.num_tokens) for one in passes]
-            held.append((level, planned.num_tokens))
+            held = [(one.level, one.chunk.num_tokens) for one in passes]
+            held.append((level, planned.chunk.num_tokens))
             if not self._memory.take_less(held, most_texts=len(planned.rows)):
                 raise UserError(self._memory.ran_out())
             passes = [one.forgotten() for one in passes]
             rows = np.concatenate([planned.rows for planned, _ in left])
-            left = [(planned, "none") for planned in self._plan(texts, rows, sending.places)]
+            smaller = self._cut(take_texts(texts, rows), rows, sending.columns)
+            left = [(planned, "none") for planned in smaller]
         return passes
 
     def push(
@@ -209,7 +200,7 @@ class Passes:
                 raise UserError(self._memory.ran_out())
             return
         hopeless = out_of_memory and not self._memory.take_less(
-            [(one.level, one.num_tokens) for one in passes],
+            [(one.level, one.chunk.num_tokens) for one in passes],
             most_texts=max(len(one.rows_n) for one in passes),
         )
         with phase("sync"):
@@ -223,16 +214,17 @@ class Passes:
     def _forward(self) -> Callable[[Chunk], Tensor]:
         return self._encoder if self._strategy is None else self._strategy.encoder
 
-    def _plan(self, texts: Texts, rows: Rows, columns: Rows) -> list[PlannedChunk]:
+    def _cut(self, texts: Texts, rows: Rows, columns: Rows) -> list[PlannedChunk]:
+        """Return the chunks of some texts; `rows` says which of the rank's texts each is."""
         assert self._memory.tokens_per_chunk is not None
-        plan, chunks = self._encoder.make_chunks(
-            take_texts(texts, rows), self._memory.tokens_per_chunk
-        )
-        planned = [PlannedChunk(rows[own], chunk) for own, chunk in zip(plan, chunks, strict=True)]
+        plan, chunks = self._encoder.make_chunks(texts, self._memory.tokens_per_chunk)
+        is_column = np.isin(rows, columns)
+        planned = [
+            PlannedChunk(rows[own], chunk, bool(is_column[own].any()))
+            for own, chunk in zip(plan, chunks, strict=True)
+        ]
         if self._sends_early:
-            is_column = np.zeros(texts.num_texts, np.bool_)
-            is_column[columns] = True
-            planned.sort(key=lambda one: not is_column[one.rows].any())
+            planned.sort(key=lambda one: not one.has_columns)
         return planned
 
     def _embed_one(
@@ -255,7 +247,7 @@ class Passes:
         """Return what each chunk keeps; the first step measures what that costs."""
         if self._memory.must_be_measured:
             self._memory.keep_plan = self._measure(chunks)
-        tokens = [planned.num_tokens for planned in chunks]
+        tokens = [planned.chunk.num_tokens for planned in chunks]
         if self._equal_chunks:
             # Ranks differ in their chunks' tokens, but must keep the same ones.
             assert self._memory.tokens_per_chunk is not None
@@ -292,7 +284,8 @@ def push(
 
 def _filler(encoder: Encoder) -> PlannedChunk:
     one_token = Texts.from_lists([[encoder.pad_id]])
-    return PlannedChunk(np.empty(0, np.intp), encoder.make_chunks(one_token, 1)[1][0])
+    (chunk,) = encoder.make_chunks(one_token, 1)[1]
+    return PlannedChunk(np.empty(0, np.intp), chunk, has_columns=False)
 
 
 def _gradient_of(one: EmbeddedChunk, gradients_ud: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Copies from the host to the device that the host doesn't wait for."""
+"""Between host and device: copies that the host doesn't wait for, and the wait where it must."""
 
 from typing import Any
 
@@ -13,3 +13,9 @@ def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     if device.type == "cuda":  # Only from pinned memory does a copy not make the host wait.
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when all that was given to a device so far is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

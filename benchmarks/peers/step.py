@@ -20,6 +20,7 @@ import largebatch as lb
 from largebatch.batch import Texts
 from largebatch.data.text import train_tokenizer
 from largebatch.train.memory import bound_kernel_cache, forget_peak, peak_memory_gib
+from largebatch.transfer import wait_for
 
 SCALE = 20.0
 WARM_UP = 64
@@ -72,10 +73,10 @@ def main() -> None:
     small()
     for _ in range(settings["steps"]):  # the last one counts
         encoder.zero_grad(set_to_none=True)
-        _wait(device)
+        wait_for(device)
         start, cpu_start = time.perf_counter(), time.process_time()
         loss = full()
-        _wait(device)
+        wait_for(device)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     peak_gib = peak_memory_gib(device)
     gradients = [
@@ -226,11 +227,6 @@ def _autocast(backbone: nn.Module, device: torch.device) -> None:
         return output
 
     backbone.forward = in_bf16
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from largebatch.transfer import wait_for
+
 SECONDS = 0.02
 """A timing runs as many products as take about so long."""
 
@@ -62,18 +64,13 @@ def _best_seconds(
     out = torch.empty(tokens, shape.outputs, dtype=dtype, device=device)
 
     def time_of(times: int) -> float:
-        _wait_for(device)
+        wait_for(device)
         start = time.perf_counter()
         for _ in range(times):
             torch.mm(left, right, out=out)
-        _wait_for(device)
+        wait_for(device)
         return (time.perf_counter() - start) / times
 
     time_of(1)  # the first one chooses a kernel
     times = max(1, round(SECONDS / max(time_of(1), 1e-7)))
     return min(time_of(times) for _ in range(repeats))
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from largebatch.batch import RankBatch, Texts
+from largebatch.batch import RankBatch
 from largebatch.bench.flops import StepFlops, count_forward, count_step
 from largebatch.bench.machine import device_name, number_format
 from largebatch.bench.matmul import linear_shapes, measure_matmul
@@ -27,6 +27,7 @@ from largebatch.train.feed import Feed
 from largebatch.train.memory import forget_peak, peak_memory_gib
 from largebatch.train.process import Rank
 from largebatch.train.step import train_step
+from largebatch.transfer import wait_for
 
 
 class Plan(NamedTuple):
@@ -68,7 +69,7 @@ def measure_case(config: TrainConfig, plan: Plan, work: Path, rank: Rank) -> dic
         config: Of a run that is long enough for all steps of the plan.
         plan: How many steps.
         work: A folder for what a run leaves behind; cases that share it train one tokenizer.
-        rank: What `machine.connected` gave.
+        rank: What `train.process.connected` gave.
 
     Raises:
         UserError: The run could not be trained either.
@@ -129,21 +130,17 @@ class _Case:
         for _ in range(count):
             with phase("data"):
                 batch = next(self.batches)
-            if self.grad_cache.tokens_per_chunk is None:
-                self.grad_cache.choose_tokens_per_chunk(
-                    Texts.concatenate([batch.queries, batch.documents, batch.negatives])
-                )
             result = train_step(
                 batch, grad_cache=self.grad_cache, strategy=self.strategy, config=self.config
             )
             yield batch, result.report
 
     def _time_group(self, clock: PhaseClock) -> _Group:
-        _wait_for(self.device)
+        wait_for(self.device)
         self.collectives.barrier()
         start = time.perf_counter()
         done = list(self._steps(self.plan.steps))
-        _wait_for(self.device)
+        wait_for(self.device)
         seconds = time.perf_counter() - start
         phases = clock.read()
         memory_gib = peak_memory_gib(self.device)
@@ -202,7 +199,7 @@ class _Case:
         with torch.profiler.profile() as profiler:
             for _ in self._steps(1):
                 pass
-            _wait_for(self.device)
+            wait_for(self.device)
         file.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(file))
 
@@ -260,8 +257,3 @@ class _Case:
     def _max(self, value: float) -> float:
         tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
         return float(self.collectives.max(tensor).item())
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -128,7 +128,7 @@ def measure_levels(
         counter if has_parts else nullcontext(),
     ):
         embeddings = forward(chunk)
-    tokens = chunk.input_ids.numel()
+    tokens = chunk.num_tokens
     held = sum(storage.nbytes() for storage in storages.values())
     del embeddings
     costs = dict.fromkeys(LEVELS, LevelCost(held / tokens, 0.0)) | {"none": LevelCost(0.0, 1.0)}

@@ -43,8 +43,7 @@ class Gathering(NamedTuple):
     """This rank's rows, and what fills them up to as many as any rank has."""
     received: Tensor
     """Those of all ranks, once `work` is done."""
-    work: dist.Work | None
-    """None: there is one rank, which waits for nobody."""
+    work: dist.Work
 
 
 class Collectives:
@@ -83,23 +82,17 @@ class Collectives:
 
     def highest(self, number: int) -> int:
         """Return the highest of the ranks' numbers."""
-        if self.world.size == 1:
-            return number
-        numbers = np.array([number])
-        dist.all_reduce(torch.from_numpy(numbers), dist.ReduceOp.MAX, group=self._hosts)
-        return int(numbers[0])
+        return int(self.max(torch.tensor([number])).numpy()[0])
 
     @torch.no_grad()
     def start_gather(self, rows_nd: Tensor, counts: list[int]) -> Gathering:
-        """Begin to send this rank's rows to all others, and to receive theirs.
+        """Begin to send this rank's rows to all others, of which there are some, and get theirs.
 
         Args:
             rows_nd: This rank's rows, `counts[rank]` of them; not to be changed before the end.
             counts: Rows of each rank.
         """
         assert len(rows_nd) == counts[self.world.rank]
-        if self.world.size == 1:
-            return Gathering(counts, rows_nd, rows_nd, None)
         sent, largest = rows_nd.contiguous(), max(counts)
         if len(rows_nd) < largest:
             sent = rows_nd.new_zeros((largest, *rows_nd.shape[1:]))
@@ -120,10 +113,11 @@ class Collectives:
 
         One all-gather forward and one reduce-scatter backward, whatever the counts.
         """
+        if self.world.size == 1:
+            assert len(rows_nd) == counts[0]
+            return Gathered(rows_nd, counts)
         started = started or self.start_gather(rows_nd.detach(), counts)
         assert started.counts == counts
-        if self.world.size == 1:
-            return Gathered(rows_nd, counts)
         rows = _GatherRows.apply(rows_nd, started, self.world.rank)  # type: ignore[no-untyped-call]
         return Gathered(rows, counts)
 
@@ -215,7 +209,6 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, rows_nd: Tensor, started: Gathering, rank: int) -> Tensor:  # noqa: ARG004
         counts, out = started.counts, started.received
         ctx.counts, ctx.rank = counts, rank
-        assert started.work is not None
         started.work.wait()
         # Close the gaps in place: a second copy of all ranks' rows would be the largest there is.
         filled, largest = 0, max(counts)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from dist import run_ranks
 from numerics.reference import (
+    DOCUMENTS,
+    NUM_PAIRS,
+    QUERIES,
     full_batch_gradient,
     gradients,
     plain_infonce,
-    random_texts,
     relative_error,
     tiny_encoder,
     tiny_loss,
@@ -29,10 +31,6 @@ from largebatch.parallel.ddp import ReplicatedModel
 from largebatch.passes import push
 from largebatch.train import trainer
 from largebatch.world import part_of_rank
-
-NUM_PAIRS = 13
-QUERIES = random_texts(NUM_PAIRS, longest=9, seed=1)
-DOCUMENTS = random_texts(NUM_PAIRS, longest=30, seed=2)
 
 
 @contextmanager
@@ -117,7 +115,7 @@ def test_chunks_that_were_embedded_are_not_embedded_again(monkeypatch):
     with seen_passes(monkeypatch) as passes:
         step(QUERIES, DOCUMENTS)
     found = gradients(encoder, loss)
-    sizes = [one.num_tokens for one in passes]
+    sizes = [one.chunk.num_tokens for one in passes]
     assert min(sizes[:2]) > 32 >= max(sizes[2:])
     assert relative_error(found, one_graph(encoder, loss, passes)) < 1e-9
 
