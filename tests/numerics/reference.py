@@ -51,6 +51,11 @@ def random_texts(num_texts: int, *, longest: int, seed: int) -> list[list[int]]:
     return [generator.integers(5, 80, length).tolist() for length in lengths]
 
 
+NUM_PAIRS = 13  # not divisible by 2, 3 or 4
+QUERIES = random_texts(NUM_PAIRS, longest=9, seed=1)
+DOCUMENTS = random_texts(NUM_PAIRS, longest=30, seed=2)
+
+
 def plain_infonce(
     queries_Bd: Tensor, columns_Md: Tensor, scale: Tensor, *, symmetric: bool
 ) -> Tensor:

@@ -5,6 +5,9 @@ import pytest
 import torch
 from dist import run_ranks
 from numerics.reference import (
+    DOCUMENTS,
+    NUM_PAIRS,
+    QUERIES,
     full_batch_gradient,
     gradients,
     plain_infonce,
@@ -22,9 +25,6 @@ from largebatch.losses.temperature import Temperature
 from largebatch.model.keep import LEVELS
 from largebatch.world import part_of_rank
 
-NUM_PAIRS = 13  # not divisible by 2, 3 or 4
-QUERIES = random_texts(NUM_PAIRS, longest=9, seed=1)
-DOCUMENTS = random_texts(NUM_PAIRS, longest=30, seed=2)
 NEGATIVES = random_texts(7, longest=20, seed=3)
 
 

@@ -5,7 +5,13 @@ import time
 import pytest
 import torch
 from dist import run_ranks
-from numerics.reference import random_texts, tiny_encoder, tiny_loss
+from numerics.reference import (
+    DOCUMENTS,
+    NUM_PAIRS,
+    QUERIES,
+    tiny_encoder,
+    tiny_loss,
+)
 from torch.profiler import ProfilerActivity, profile
 
 from largebatch.batch import Texts
@@ -17,9 +23,6 @@ from largebatch.parallel.ddp import ReplicatedModel
 from largebatch.phases import PHASES, timed_phases
 from largebatch.world import part_of_rank
 
-NUM_PAIRS = 13
-QUERIES = random_texts(NUM_PAIRS, longest=9, seed=1)
-DOCUMENTS = random_texts(NUM_PAIRS, longest=30, seed=2)
 WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
 """Operations that bring a number from the device to the host, or a shape that depends on one."""
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from dist import run_ranks
 from numerics.reference import (
+    DOCUMENTS,
+    NUM_PAIRS,
+    QUERIES,
     full_batch_gradient,
     gradients,
-    random_texts,
     relative_error,
     tiny_encoder,
     tiny_loss,
@@ -26,10 +28,6 @@ from largebatch.gradcache import GradCache, RandomState
 from largebatch.model import attention
 from largebatch.parallel import collectives, ddp
 from largebatch.world import part_of_rank
-
-NUM_PAIRS = 13
-QUERIES = random_texts(NUM_PAIRS, longest=9, seed=1)
-DOCUMENTS = random_texts(NUM_PAIRS, longest=30, seed=2)
 
 
 def lose_world_size_factor():

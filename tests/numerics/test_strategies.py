@@ -9,6 +9,9 @@ import torch.distributed as dist
 from dist import run_ranks
 from numerics.on_strategies import TOLERANCES, config_of, whole_gradients
 from numerics.reference import (
+    DOCUMENTS,
+    NUM_PAIRS,
+    QUERIES,
     full_batch_gradient,
     random_texts,
     relative_error,
@@ -35,9 +38,6 @@ from largebatch.world import part_of_rank
 
 pytestmark = pytest.mark.slow
 
-NUM_PAIRS = 13
-QUERIES = random_texts(NUM_PAIRS, longest=9, seed=1)
-DOCUMENTS = random_texts(NUM_PAIRS, longest=30, seed=2)
 CPU = torch.device("cpu")
 OPTIM = OptimConfig(weight_decay=0.1)
 

@@ -7,7 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from dist import run_ranks
-from numerics.reference import random_texts, tiny_encoder, tiny_loss
+from numerics.reference import (
+    DOCUMENTS,
+    QUERIES,
+    tiny_encoder,
+    tiny_loss,
+)
 
 from largebatch.config import OptimConfig
 from largebatch.gradcache import GradCache
@@ -16,9 +21,6 @@ from largebatch.parallel import collectives as collectives_module
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import ReplicatedModel, average_gradients, start_equal
 from largebatch.world import part_of_rank
-
-QUERIES = random_texts(13, longest=9, seed=1)
-DOCUMENTS = random_texts(13, longest=30, seed=2)
 
 
 def one_step(budget, symmetric):
