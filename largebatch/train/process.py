@@ -38,7 +38,10 @@ def connected(config: TrainConfig) -> Iterator[Rank]:
         torch.set_float32_matmul_precision("high" if config.hardware.tf32 else "highest")
     torch.set_num_threads(_num_threads(config, world.size))
     with process_group(world, device, config.strategy):
-        yield Rank(device, Collectives())
+        collectives = Collectives()
+        # Until all are connected, a rank that fails makes the others' backend print what it thinks.
+        collectives.highest(0)
+        yield Rank(device, collectives)
 
 
 def _num_threads(config: TrainConfig, world_size: int) -> int:
