@@ -32,7 +32,8 @@ class BackboneConfig:
     embeddings: auto (where it is faster), on or off."""
     compile: bool = False
     """Whether the layers go through torch.compile, which takes a minute at the start and needs a
-    C++ compiler. Texts are then padded, not packed, and `keep` is none, all or auto."""
+    C++ compiler. Texts are then padded, not packed, and `keep` is none, all or auto. Not with
+    strategy.zero_stage=3."""
     checkpoint_layers: bool = False
     """For long texts: whether each layer runs again in the backward pass, so that a chunk's graph
     holds no more than the layers' inputs. Costs one forward pass more; `keep` is none, all or

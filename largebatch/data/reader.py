@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, repeat
 
 from largebatch.batch import Hole
 from largebatch.data.locations import is_remote
@@ -90,19 +91,22 @@ class Reader:
         remote = [place for place in absent if is_remote(self.sources[place[0]].shard_of(place[1]))]
         if len(remote) > 1:
             # The first batch asks for a segment of every lane, and a store answers slowly.
+            # Those that begin together are all tried in full, whichever of them fails first.
+            silent = [frozenset(self._silent)] * REMOTE_READS
             with ThreadPoolExecutor(REMOTE_READS) as pool:
-                found |= zip(remote, pool.map(self._read, remote), strict=True)
+                read = pool.map(self._read, remote, chain(silent, repeat(self._silent)))
+                found |= zip(remote, read, strict=True)
         for place in absent:
             segment = found[place]
             if segment is None:
-                segment = found[place] = self._read(place)
+                segment = found[place] = self._read(place, self._silent)
             self._segments.put(place, segment)
         return {place: segment for place, segment in found.items() if segment is not None}
 
-    def _read(self, place: tuple[int, int]) -> SegmentRecords | DataError:
+    def _read(self, place: tuple[int, int], silent: Collection[int]) -> SegmentRecords | DataError:
         number, segment = place
         source = self.sources[number]
-        if number in self._silent:
+        if number in silent:
             source = source._replace(retries=source.retries._replace(attempts=1))
         try:
             found = source.read(segment)

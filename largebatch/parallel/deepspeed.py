@@ -20,6 +20,7 @@ from largebatch.batch import Chunk
 from largebatch.config import OptimConfig, StrategyConfig
 from largebatch.errors import UserError
 from largebatch.losses.infonce import ContrastiveLoss
+from largebatch.model.compiled import is_compiled
 from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import one_reduction, start_equal
@@ -51,7 +52,7 @@ class DeepSpeedModel:
         config: The stage, and entries of DeepSpeed's config.
 
     Raises:
-        UserError: DeepSpeed can't run here, or refuses its config.
+        UserError: DeepSpeed can't run here, refuses its config, or is too slow with it.
     """
 
     can_redo = False
@@ -65,6 +66,12 @@ class DeepSpeedModel:
         device: torch.device,
         config: StrategyConfig,
     ) -> None:
+        if config.zero_stage == 3 and is_compiled(encoder):
+            # It would work, but dynamo traces ZeRO-3's hooks anew all the time: minutes per step.
+            raise UserError(
+                "backbone.compile=true can't be used with strategy.zero_stage=3; use "
+                "backbone.compile=false, strategy.zero_stage=2 or strategy=fsdp"
+            )
         start_equal([encoder, loss], collectives)
         self.loss = loss
         self.collectives = collectives

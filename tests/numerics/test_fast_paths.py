@@ -41,6 +41,7 @@ MEAN = "longer, symmetric, mean"
 CLS_DROPOUT = "longer, one way, cls, dropout"
 LAST_DROPOUT = "empty, symmetric, last, dropout"
 LAST = "negatives only, one way, last"
+COMPILING = [name for name in TOLERANCES if name != "zero3"]
 SENDING_EARLY = ("ddp", "zero0", "zero1", "zero2")
 UNITS = {"none": (4, 4), "layers": (3.5, 4), "products": (3, 3.1), "all": (3, 3), "auto": (3, 4)}
 
@@ -105,9 +106,9 @@ def test_gradient_is_that_of_the_full_batch(name, paths):
     ("name", "paths"),
     [
         ("ddp", [one for one in COMPILED if one.case == CLS_DROPOUT]),
-        *(pytest.param(name, COMPILED, marks=pytest.mark.slow) for name in TOLERANCES),
+        *(pytest.param(name, COMPILED, marks=pytest.mark.slow) for name in COMPILING),
     ],
-    ids=["ddp-some", *TOLERANCES],
+    ids=["ddp-some", *COMPILING],
 )
 # Dynamo looks at the attribute of every tensor.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from largebatch.batch import Hole
+from largebatch.data import reader as reader_module
 from largebatch.data.index import Segment, SegmentTable, Shard
 from largebatch.data.reader import REMOTE_READS, Reader
 from largebatch.data.records import Record
@@ -39,6 +40,7 @@ class Reads:
 
     def __init__(self, monkeypatch):
         self.numbers = []
+        self.attempts = []
         self.threads = set()
         self.most_at_once = 0
         self.bad = {}
@@ -46,11 +48,14 @@ class Reads:
         self.pause_s = 0.0
         self._at_once = 0
         self._lock = threading.Lock()
-        monkeypatch.setattr(Source, "read", lambda _source, number: self.read(number))
+        monkeypatch.setattr(
+            Source, "read", lambda source, number: self.read(number, source.retries.attempts)
+        )
 
-    def read(self, number):
+    def read(self, number, attempts):
         with self._lock:
             self.numbers.append(number)
+            self.attempts.append(attempts)
             self.threads.add(threading.current_thread())
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
@@ -157,6 +162,19 @@ def test_a_failure_is_kept_for_all_rows_of_its_segment(reads, folder):
             else:
                 assert item.id == str(segment * SIZE + offset)
     assert reads.numbers.count(bad) == 1
+
+
+def test_a_silent_store_is_tried_in_full_by_those_that_begin_together_only(reads, monkeypatch):
+    # One after another, so that each begins when those before it have failed.
+    monkeypatch.setattr(reader_module.ThreadPoolExecutor, "map", lambda _, *given: map(*given))
+    reader = make_reader("https://host/shards", lanes=12, skip_faults=True)
+    reads.bad = dict.fromkeys(range(SEGMENTS), DataError("no answer", kind="unreachable"))
+    reader.read(0, ALL)
+    full = reader.sources[0].retries.attempts
+    others = len(reads.attempts) - REMOTE_READS
+    assert full > 1
+    assert others > 0
+    assert reads.attempts == [full] * REMOTE_READS + [1] * others
 
 
 @pytest.mark.parametrize("folder", ["shards", "https://host/shards"])

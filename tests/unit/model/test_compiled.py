@@ -224,6 +224,17 @@ def test_strategies(monkeypatch, name, option):
         np.testing.assert_allclose(embeddings, embed(encoder, QUERIES[:2]).detach(), atol=1e-5)
 
 
+def test_zero_3_is_refused(graphs):
+    encoder = tiny_encoder(dtype=torch.float32, compile=True)
+    loss = tiny_loss(symmetric=True, dtype=torch.float32)
+    config = StrategyConfig(name="deepspeed", zero_stage=3)
+    says = r"backbone\.compile=true can't be used with strategy\.zero_stage=3; use .*strategy=fsdp"
+    with pytest.raises(UserError, match=says):
+        make_strategy(
+            config, encoder, loss, OptimConfig(), Collectives(), torch.device("cpu"), "float32"
+        )
+
+
 @pytest.mark.parametrize("packing", ["on", "off"])
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
