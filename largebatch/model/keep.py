@@ -152,7 +152,6 @@ class _Kept(NamedTuple):
     func: Any
     outputs: Any
     """A tensor, or a tuple with tensors in it."""
-    versions: list[int]
 
 
 class _Selecting(TorchDispatchMode):
@@ -168,31 +167,63 @@ class _Selecting(TorchDispatchMode):
         kwargs = kwargs or {}
         if _is_kept(self.level, func, args, kwargs):
             return self._select(func, args, kwargs)
-        return func(*args, **kwargs)
+        return self._run(func, args, kwargs)
 
     def _select(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
 
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
 
 class _Keep(_Selecting):
+    def __init__(self, level: str, kept: deque[_Kept]) -> None:
+        super().__init__(level, kept)
+        self._places: dict[int, int] = {}  # in `kept`, by the address of each storage
+
     def _select(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         # Without what autograd will hang on it, which would hold the graph.
-        outputs = tree_map_only(Tensor, Tensor.detach, out)
-        self.kept.append(_Kept(func, outputs, _versions(outputs)))
+        self.kept.append(_Kept(func, tree_map_only(Tensor, Tensor.detach, out)))
+        self._note(len(self.kept) - 1)
         return out
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Copy before write: under ZeRO-3 a linear layer adds its bias to the product in place, and
+        # will add it again to what is kept.
+        for tensor in _written(func, args, kwargs):
+            place = self._places.pop(_address(tensor), None)
+            if place is not None:
+                copies = tree_map_only(Tensor, torch.clone, self.kept[place].outputs)
+                self.kept[place] = self.kept[place]._replace(outputs=copies)
+                self._note(place)
+        return func(*args, **kwargs)
+
+    def _note(self, place: int) -> None:
+        for leaf in tree_leaves(self.kept[place].outputs):
+            if isinstance(leaf, Tensor):
+                self._places[_address(leaf)] = place
 
 
 class _Reuse(_Selecting):
     def _select(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
         kept = self.kept.popleft()
         assert kept.func is func, f"{func} is computed again where {kept.func} was kept"
-        assert kept.versions == _versions(kept.outputs), f"the output of {func} was overwritten"
         return kept.outputs
 
 
-def _versions(outputs: Any) -> list[int]:
-    return [leaf._version for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the arguments that an operation overwrites."""
+    if not func._schema.is_mutable:
+        return []
+    given = [*zip(func._schema.arguments, args, strict=False)]
+    given += [(one, kwargs[one.name]) for one in func._schema.arguments if one.name in kwargs]
+    written = [value for one, value in given if one.alias_info and one.alias_info.is_write]
+    return [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _is_kept(level: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -36,6 +36,11 @@ def tiny_encoder(
         document_max_tokens=40,
         **settings,
     )
+    with torch.no_grad():
+        # Biases begin at 0 and norms at 1, which would hide what is done to them.
+        for parameter in encoder.parameters():
+            if parameter.ndim < 2:
+                parameter += 0.2 * torch.randn_like(parameter)
     return encoder.to(dtype).train()
 
 

@@ -28,6 +28,7 @@ from largebatch.model.keep import (
     LevelCost,
     _Counter,
     _is_kept,
+    embed_keeping,
     measure_levels,
 )
 from largebatch.parallel.collectives import Collectives
@@ -194,6 +195,41 @@ class EqualChunks:
     def backward(self, embeddings, gradients, *, last):
         self.passes.append(("backward", len(embeddings), last))
         backward(embeddings, gradients, last=last)
+
+
+def add_in_place(product):
+    product += 0.5
+
+
+def scale_a_view_in_place(product):
+    product[:, :2].mul_(2.0)
+
+
+def write_into(product):
+    torch.neg(product.detach(), out=product.detach())
+
+
+@pytest.mark.parametrize("overwrite", [add_in_place, scale_a_view_in_place, write_into])
+@pytest.mark.parametrize("level", ["layers", "products"])
+def test_what_is_overwritten_is_kept_as_it_was(level, overwrite):
+    """As the linear layers that DeepSpeed puts in under ZeRO-3 add their bias in place."""
+    generator = torch.Generator().manual_seed(0)
+    x, first, second = (
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((5, 8), (8, 4), (4, 3))
+    )
+
+    def forward(x):
+        product = x.tanh() @ first
+        overwrite(product)
+        product = product.sin() @ second
+        overwrite(product)
+        return product.cos()
+
+    expected = torch.autograd.grad(forward(x).sum(), (x, first, second))
+    found = torch.autograd.grad(embed_keeping(forward, x, level).sum(), (x, first, second))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("packing", ["off", "on"])
