@@ -1,5 +1,6 @@
 """Gradient caching: the gradient of a global batch in the memory of one chunk (arXiv 2101.06983).
 
+0. Even out the ranks' parts (see balance.py).
 1. Embed every chunk, keeping for the backward pass what memory allows (see model/keep.py), and
    noting the random state before each chunk that keeps nothing.
 2. Gather the embeddings of all ranks; loss; its gradient with respect to this rank's embeddings.
@@ -17,9 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from largebatch.balance import Part, even_out
 from largebatch.batch import Texts
 from largebatch.budget import StepMemory, choose_tokens_per_chunk
 from largebatch.data.chunks import DistinctTexts, distinct_texts
+from largebatch.data.hashes import id_hashes
 from largebatch.errors import UserError
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.masks import PairHashes
@@ -48,7 +51,7 @@ class StepReport(NamedTuple):
     embeddings_finite: Tensor
     """Bool scalar, whether all of this rank's embeddings are finite."""
     num_tokens: int
-    """Tokens of this rank's texts."""
+    """Tokens of this rank's texts, of those that it embeds."""
     num_encoded_tokens: int
     """Those that went through the encoder: of identical texts only the first's."""
     num_padded_tokens: int
@@ -78,6 +81,8 @@ class GradCache:
             nothing. None: as much as it takes; for "auto" on a GPU: what is free.
         strategy: How the model is spread over ranks. None: every rank holds all of it, and one
             all-reduce averages the gradients.
+        balance: Whether ranks exchange pairs, so that none embeds more tokens than the others. The
+            result doesn't depend on it, but for rounding.
 
     Under torchrun each rank passes its own part of the global batch; parts may differ in size and
     may be empty on some ranks. All ranks must call it.
@@ -96,6 +101,7 @@ class GradCache:
         keep: str = "none",
         keep_gib: float | None = None,
         strategy: Strategy | None = None,
+        balance: bool = True,
     ) -> None:
         self.encoder = encoder
         self.loss = loss
@@ -103,6 +109,7 @@ class GradCache:
         """How much a step takes: what was chosen, measured or halved. A run that is resumed sets it
         again, so that it goes on with the same numbers."""
         self.strategy = strategy
+        self.balance = balance
         self.collectives = Collectives()
         self.objective = ContrastiveObjective(loss, self.collectives)
         self.passes = Passes(encoder, self.memory, self.collectives, strategy)
@@ -136,20 +143,26 @@ class GradCache:
         `symmetric` overrides the loss's for this batch; all ranks must pass the same. `ids` are the
         queries' records', for a loss that leaves out false negatives; all ranks give them or none.
         """
-        sides = [
+        part = Part(
             self._tokens(queries, "query"),
             self._tokens(documents, "document"),
             self._tokens([] if negatives is None else negatives, "document"),
-        ]
+            None if ids is None else id_hashes(ids),
+        )
+        if part.queries.num_texts != part.documents.num_texts:
+            raise UserError(
+                f"{part.queries.num_texts} queries need as many documents, got "
+                f"{part.documents.num_texts}"
+            )
+        if self.balance:
+            with phase("gather"):
+                part = even_out(part, self.collectives)
+        hashes = hash_pairs(*part) if self.loss.mask_duplicates else None
+        sides = part[:3]
         sizes = [side.num_texts for side in sides]
-        if sizes[0] != sizes[1]:
-            raise UserError(f"{sizes[0]} queries need as many documents, got {sizes[1]}")
         texts = Texts.concatenate(sides)
         if self.memory.tokens_per_chunk is None:
             self.choose_tokens_per_chunk(texts)
-        hashes = (
-            hash_pairs(sides[0], sides[1], sides[2], ids) if self.loss.mask_duplicates else None
-        )
         distinct = distinct_texts(texts, sizes[0])
         before = RandomState.of(self.encoder.device)
         parameters = [*self.encoder.parameters(), *self.loss.parameters()]

@@ -14,7 +14,6 @@ What ranks tell each other, once per step however many tiles there are:
    columns' statistics go with it, after another all-reduce that finds their maxima.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from largebatch.batch import Texts
-from largebatch.data.hashes import id_hashes, text_hashes
+from largebatch.data.hashes import Hashes, text_hashes
 from largebatch.errors import UserError
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.masks import FalseNegatives, PairHashes
@@ -58,15 +57,10 @@ class RowsOfRanks(NamedTuple):
 
 
 def hash_pairs(
-    queries: Texts, documents: Texts, negatives: Texts, ids: Sequence[str] | None = None
+    queries: Texts, documents: Texts, negatives: Texts, ids: Hashes | None = None
 ) -> PairHashes:
-    """Return the hashes of one rank's texts, and of its records' ids if they are known."""
-    return PairHashes(
-        text_hashes(queries),
-        text_hashes(documents),
-        text_hashes(negatives),
-        None if ids is None else id_hashes(ids),
-    )
+    """Return the hashes of one rank's texts, beside those of its records' ids if they are known."""
+    return PairHashes(text_hashes(queries), text_hashes(documents), text_hashes(negatives), ids)
 
 
 class ContrastiveObjective:

@@ -243,6 +243,9 @@ class TrainConfig:
     keep_gib: float | None = None
     """Memory of a rank for what is kept, in GiB; chunks that don't fit keep less. Unset: as much as
     it takes; for keep=auto on a GPU: what is free."""
+    balance: bool = True
+    """Whether ranks exchange pairs, so that none has more tokens to embed than the others. Changes
+    nothing but rounding, and which dropout masks are drawn."""
     max_steps: int = 1000
     """Optimizer steps of the run."""
     debug: bool = False

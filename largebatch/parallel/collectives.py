@@ -60,23 +60,30 @@ class Collectives:
         self._hosts = _group_of_hosts() if self._active else None
         self._room = 3  # of gather_ragged; the same on all ranks, since all saw the same numbers
 
-    def gather_ragged(self, values: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    def gather_ragged(
+        self, values: npt.NDArray[np.int64], *, most: int | None = None
+    ) -> list[npt.NDArray[np.int64]]:
         """Return the values `[k]` of every rank; k may differ between ranks.
 
-        One all-gather with room for as many values as any rank has had yet, and their number. Only
-        when a rank has more is there a second one, with more room.
+        Args:
+            values: Of this rank.
+            most: The highest k of all ranks, if they know it.
+
+        One all-gather. Where `most` isn't known it has room for as many values as any rank has had
+        yet; only when a rank has more is there a second one, with more room.
         """
         if self.world.size == 1:
             return [values]
         while True:
-            sent = np.zeros(1 + self._room, np.int64)
+            room = self._room if most is None else most
+            sent = np.zeros(1 + room, np.int64)
             sent[0] = len(values)
-            fitting = values[: self._room]
+            fitting = values[:room]
             sent[1 : 1 + len(fitting)] = fitting
             table = np.empty((self.world.size, len(sent)), np.int64)
             _all_gather(torch.from_numpy(table).view(-1), torch.from_numpy(sent), group=self._hosts)
             numbers = table[:, 0].tolist()
-            if max(numbers) <= self._room:
+            if max(numbers) <= room:
                 return [row[1 : 1 + k] for row, k in zip(table, numbers, strict=True)]
             self._room = 1 << (max(numbers) - 1).bit_length()
 

@@ -138,6 +138,7 @@ def build_step(
         keep=config.keep,
         keep_gib=config.keep_gib,
         strategy=strategy,
+        balance=config.balance,
     )
 
 

@@ -104,9 +104,9 @@ class StepMeter:
         tokens, encoded, padded, truncated, texts, skipped = self._collectives.sum(
             torch.tensor(counts, dtype=torch.float64, device=self._device)
         ).tolist()
-        waited_s, memory_gib = self._collectives.max(
+        waited_s, memory_gib, most_padded = self._collectives.max(
             torch.tensor(
-                [self._waited_s, peak_memory_gib(self._device)],
+                [self._waited_s, peak_memory_gib(self._device), counts[2]],
                 dtype=torch.float64,
                 device=self._device,
             )
@@ -125,6 +125,7 @@ class StepMeter:
             "train/tokens_per_s": tokens / duration_s,
             "train/units": sum(report.units for report in reports) / num_steps,
             "train/padding_share": 1 - encoded / max(padded, 1),
+            "train/imbalance": most_padded * self._collectives.world.size / max(padded, 1) - 1,
             "train/truncated_share": truncated / max(texts, 1),
             "train/data_wait_share": waited_s / duration_s,
             "train/memory_gib": memory_gib,

@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "hardware",
     "backbone.attention",
     "backbone.packing",
+    "balance",
     "keep",
     "keep_gib",
     "logger",

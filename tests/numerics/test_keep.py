@@ -243,7 +243,9 @@ def test_all_ranks_run_equally_many_passes(options, packing):
         rank = torch.distributed.get_rank()
         encoder, loss = tiny_encoder(packing=packing), tiny_loss(symmetric=True)
         strategy = EqualChunks(encoder, loss)
-        step = GradCache(encoder, loss, tokens_per_chunk=60, strategy=strategy, **options)
+        step = GradCache(
+            encoder, loss, tokens_per_chunk=60, strategy=strategy, balance=False, **options
+        )
         report = step.report([QUERIES[i] for i in parts[rank]], [DOCUMENTS[i] for i in parts[rank]])
         return gradients(encoder, loss), strategy.passes, report.num_chunks, report.units
 
@@ -282,7 +284,9 @@ def test_every_strategy_keeps(name, options):
         strategy = make_strategy(
             config, encoder, loss, OptimConfig(), Collectives(), torch.device("cpu"), "float32"
         )
-        step = GradCache(encoder, loss, tokens_per_chunk=60, strategy=strategy, **keep_options)
+        step = GradCache(
+            encoder, loss, tokens_per_chunk=60, strategy=strategy, balance=False, **keep_options
+        )
         rows = range(14) if torch.distributed.get_rank() == 0 else range(14, 20)
         report = step.report([QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows])
         norm = strategy.clip_gradients(0.0)

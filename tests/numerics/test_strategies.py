@@ -82,6 +82,7 @@ class Parts:
             keep=keep,
             keep_gib=keep_gib,
             strategy=self.strategy,
+            balance=False,
         )
 
     def gradient(self, split, queries=QUERIES, documents=DOCUMENTS):

@@ -239,7 +239,12 @@ def gradients_on_rank(name: str, paths: Iterable[Paths]) -> dict[Paths, Found]:
         for one in group:
             try:
                 step = GradCache(
-                    encoder, loss, tokens_per_chunk=BUDGET, strategy=strategy, **KEEPS[one.keep]
+                    encoder,
+                    loss,
+                    tokens_per_chunk=BUDGET,
+                    strategy=strategy,
+                    **KEEPS[one.keep],
+                    balance=False,
                 )
                 torch.manual_seed(100 + collectives.world.rank)
                 report = step.report(*parts[:3], ids=parts[3])

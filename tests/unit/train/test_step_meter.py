@@ -93,6 +93,8 @@ def test_means_over_steps_and_ranks():
         assert values["train/temperature"] == pytest.approx(0.2, rel=0.01)
         assert 0 <= values["train/padding_share"] < 0.6
         assert 0 <= values["train/data_wait_share"] < 1
+        assert (values["train/imbalance"] == 0) == (values is single[0])
+        assert values["train/imbalance"] < 0.5
         assert 0.05 < values["train/memory_gib"] < 20
         assert values["train/elapsed_s"] > 100  # what earlier processes trained counts
         # Seconds for two steps, so pairs and tokens of all ranks go over the same duration.
