@@ -147,7 +147,7 @@ class GradCache:
             self._tokens(queries, "query"),
             self._tokens(documents, "document"),
             self._tokens([] if negatives is None else negatives, "document"),
-            None if ids is None else id_hashes(ids),
+            None if ids is None or not self.loss.mask_duplicates else id_hashes(ids),
         )
         if part.queries.num_texts != part.documents.num_texts:
             raise UserError(
