@@ -95,11 +95,18 @@ def main() -> None:
 
 
 def largebatch(encoder: Any, sides: list[Texts], setting: str, _folder: Path) -> Step:
-    """GradCache at `keep:tokens_per_chunk`."""
-    keep, tokens = setting.split(":")
+    """GradCache at `keep:tokens_per_chunk` or `keep@GiB:tokens_per_chunk`."""
+    kept, tokens = setting.split(":")
+    keep, _, gib = kept.partition("@")
     loss = lb.ContrastiveLoss(lb.Temperature(1 / SCALE), mask_duplicates=False)
     loss.to(encoder.device)
-    step = lb.GradCache(encoder, loss, tokens_per_chunk=int(tokens), keep=keep)
+    step = lb.GradCache(
+        encoder,
+        loss,
+        tokens_per_chunk=int(tokens),
+        keep=keep,
+        keep_gib=float(gib) if gib else None,
+    )
     return lambda: float(step(*sides))
 
 

@@ -23,7 +23,8 @@ from largebatch.model.encoder import Encoder
 from largebatch.model.export import save_settings
 from largebatch.model.pretrained import load_tokenizer
 from largebatch.parallel.collectives import Collectives
-from largebatch.parallel.strategy import Strategy, make_strategy
+from largebatch.parallel.make import make_strategy
+from largebatch.parallel.strategy import Strategy
 
 TOKENIZER_RECORDS = 100_000
 """Records that a tokenizer is trained on, spread over the sources."""

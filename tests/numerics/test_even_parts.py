@@ -17,7 +17,7 @@ from largebatch.data.hashes import id_hashes
 from largebatch.gradcache import GradCache
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.deepspeed_build import prepare
-from largebatch.parallel.strategy import make_strategy
+from largebatch.parallel.make import make_strategy
 
 CPU = torch.device("cpu")
 NO_DROPOUT = [name for name, case in CASES.items() if not case.dropout]

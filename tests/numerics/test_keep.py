@@ -34,7 +34,7 @@ from largebatch.model.keep import (
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import backward, one_reduction
 from largebatch.parallel.deepspeed_build import prepare
-from largebatch.parallel.strategy import make_strategy
+from largebatch.parallel.make import make_strategy
 
 QUERIES = random_texts(20, longest=12, seed=1)
 DOCUMENTS = random_texts(20, longest=30, seed=2)

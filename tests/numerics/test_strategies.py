@@ -26,7 +26,7 @@ from largebatch.gradcache import GradCache
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.deepspeed_build import prepare
 from largebatch.parallel.fsdp import FullyShardedModel
-from largebatch.parallel.strategy import make_strategy
+from largebatch.parallel.make import make_strategy
 from largebatch.train.checkpoint import (
     Tensors,
     checkpoint_path,

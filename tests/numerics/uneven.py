@@ -23,7 +23,7 @@ from largebatch.model import compiled
 from largebatch.model.compiled import plain_shape
 from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
-from largebatch.parallel.strategy import make_strategy
+from largebatch.parallel.make import make_strategy
 
 NUM_PAIRS, NUM_NEGATIVES, NUM_LONG = 13, 5, 4
 BUDGET = 90

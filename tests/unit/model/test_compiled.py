@@ -28,7 +28,7 @@ from largebatch.model import compiled
 from largebatch.model.compiled import check_compiler, compile_layers, is_compiled, plain_shape
 from largebatch.model.keep import LevelCost, RandomState, measure_levels
 from largebatch.parallel.collectives import Collectives
-from largebatch.parallel.strategy import make_strategy
+from largebatch.parallel.make import make_strategy
 
 # torch warns of itself while it compiles, and hides that, but not where warnings are errors.
 pytestmark = [
