@@ -127,6 +127,9 @@ WAYS = {
         "ranks": 2, "strategy": "zero2", "packing": "on", "keep": "products",
         "tokens_per_chunk": 200,
     },
+    "zero3": {
+        "ranks": 2, "strategy": "zero3", "packing": "on", "keep": "layers", "tokens_per_chunk": 200,
+    },
 }  # fmt: skip
 
 
