@@ -1,6 +1,7 @@
 """Memory budgets: which chunks keep how much, and how many tokens a chunk should have."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -44,7 +45,7 @@ class KeepPlan(NamedTuple):
         A little of every chunk saves more than much of a few. So every chunk is raised to the first
         level before any is raised to the second.
         """
-        allowed = LEVELS[1:] if keep == "auto" else (keep,)
+        allowed = self.worthwhile if keep == "auto" else [keep]
         if self.budget_bytes is None:
             return [allowed[-1]] * len(chunk_tokens)
         chosen = ["none"] * len(chunk_tokens)
@@ -57,6 +58,20 @@ class KeepPlan(NamedTuple):
                     left -= tokens * more
                     chosen[number] = level
         return chosen
+
+    @property
+    def worthwhile(self) -> list[str]:
+        """The levels that are worth their memory, from the least of it to the most.
+
+        Each is at least 2% faster than those that hold less. In a narrow model it may take longer
+        to keep the parts of a graph than to compute them again.
+        """
+        found = ["none"]
+        for level in LEVELS[1:]:
+            seconds, best = (self.costs[one].seconds_per_token for one in (level, found[-1]))
+            if best == 0 or seconds < 0.98 * best:
+                found.append(level)
+        return found
 
     def held_bytes(self, chosen: Sequence[str], chunk_tokens: Sequence[int]) -> int:
         """Return what chunks at these levels hold from the forward to the backward passes."""
@@ -73,14 +88,20 @@ class KeepPlan(NamedTuple):
         return 3.0 + again / total
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain numbers, for JSON."""
-        costs = {level: list(cost) for level, cost in self.costs.items()}
+        """Return it as plain numbers, for JSON; None stands for infinity."""
+        costs = {
+            level: [number if math.isfinite(number) else None for number in cost]
+            for level, cost in self.costs.items()
+        }
         return {"budget_bytes": self.budget_bytes, "costs": costs}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "KeepPlan":
         """Read what `to_dict` returned."""
-        costs = {level: LevelCost(*cost) for level, cost in values["costs"].items()}
+        costs = {
+            level: LevelCost(*(math.inf if number is None else number for number in cost))
+            for level, cost in values["costs"].items()
+        }
         return cls(costs, values["budget_bytes"])
 
     def agreed(self, collectives: Collectives) -> "KeepPlan":
@@ -88,7 +109,7 @@ class KeepPlan(NamedTuple):
         budget = float("inf") if self.budget_bytes is None else float(self.budget_bytes)
         numbers = [*(number for level in LEVELS for number in self.costs[level]), -budget]
         agreed = collectives.max(torch.tensor(numbers, dtype=torch.float64)).tolist()
-        costs = {level: LevelCost(*agreed[2 * i : 2 * i + 2]) for i, level in enumerate(LEVELS)}
+        costs = {level: LevelCost(*agreed[3 * i : 3 * i + 3]) for i, level in enumerate(LEVELS)}
         return KeepPlan(costs, None if agreed[-1] == -float("inf") else int(-agreed[-1]))
 
 

@@ -76,7 +76,7 @@ class GradCache:
             time, in the memory of one chunk. "layers" keeps a little of each layer and saves a
             third of that work, "products" keeps what is expensive to compute and saves all but a
             little of it, "all" keeps every chunk's graph, in the memory of a full batch. "auto"
-            chooses by the memory that is free.
+            chooses, by the memory that is free, among those that are faster for it.
         keep_gib: Memory that may be held for the backward pass; chunks that don't fit keep less, or
             nothing. None: as much as it takes; for "auto" on a GPU: what is free.
         strategy: How the model is spread over ranks. None: every rank holds all of it, and one

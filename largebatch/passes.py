@@ -16,7 +16,7 @@ from largebatch.budget import KeepPlan, StepMemory
 from largebatch.data.chunks import Rows, take_texts
 from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
-from largebatch.model.keep import RandomState, embed_keeping, measure_levels
+from largebatch.model.keep import RandomState, embed_keeping, measure_levels, time_levels
 from largebatch.parallel.collectives import Collectives, Gathering
 from largebatch.parallel.strategy import Backward, Strategy
 from largebatch.phases import phase
@@ -257,7 +257,15 @@ class Passes:
     def _measure(self, chunks: Sequence[PlannedChunk]) -> KeepPlan:
         chunk = (chunks[0] if chunks else _filler(self._encoder)).chunk
         with RandomState.of(self._encoder.device).replayed():
-            costs = measure_levels(self._forward, chunk, list(self._encoder.parameters()))
+            parameters = list(self._encoder.parameters())
+            costs = measure_levels(self._forward, chunk, parameters)
+            if self._memory.keep == "auto" and self.can_redo:
+                # Elsewhere a backward pass does more than return gradients.
+                seconds = time_levels(self._forward, chunk, parameters)
+                costs = {
+                    level: cost._replace(seconds_per_token=seconds[level] / chunk.num_tokens)
+                    for level, cost in costs.items()
+                }
         budget = self._memory.budget_bytes(self._encoder, costs)
         return KeepPlan(costs, budget).agreed(self._collectives)
 

@@ -239,7 +239,8 @@ class TrainConfig:
     keep: str = "none"
     """What the first pass keeps for the backward pass: none (each chunk is embedded again: least
     memory), layers (a little of each layer), products (what is expensive to compute), all (no
-    second forward pass: memory of the plain full batch), or auto (what fits into keep_gib)."""
+    second forward pass: memory of the plain full batch), or auto (of those that are faster for it,
+    what fits into keep_gib)."""
     keep_gib: float | None = None
     """Memory of a rank for what is kept, in GiB; chunks that don't fit keep less. Unset: as much as
     it takes; for keep=auto on a GPU: what is free."""

@@ -14,6 +14,7 @@ state, so that dropout is exact; what is kept is not computed again. They see si
 which neither compiled layers show nor layers that are checkpointed one by one.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from largebatch.batch import Chunk
 from largebatch.errors import UserError
 from largebatch.model.compiled import has_checkpointed_layers, is_compiled
+from largebatch.transfer import wait_for
 
 LEVELS = ("none", "layers", "products", "all")
 """From the least memory to the most."""
@@ -54,6 +56,8 @@ class LevelCost(NamedTuple):
     """Memory that is held from the forward to the backward pass."""
     recomputed: float
     """Share of the forward pass's multiplications that the backward pass repeats."""
+    seconds_per_token: float = 0.0
+    """Of all passes of a step, forward and backward. 0: not measured."""
 
 
 def embed_keeping(forward: Callable[[Chunk], Tensor], chunk: Chunk, level: str) -> Tensor:
@@ -136,6 +140,45 @@ def measure_levels(
         saved = counter.flops[level] / max(counter.flops["all"], 1)
         costs[level] = LevelCost(counter.bytes[level] / tokens, 1.0 - saved)
     return costs
+
+
+def time_levels(
+    forward: Callable[[Chunk], Tensor],
+    chunk: Chunk,
+    parameters: Sequence[nn.Parameter],
+    *,
+    tries: int = 3,
+) -> dict[str, float]:
+    """Return the seconds that a chunk's forward and backward passes take at each level.
+
+    Args:
+        forward: The encoder; `.grad` and weights stay as they are.
+        chunk: Some chunk.
+        parameters: The encoder's.
+        tries: Passes at each level, of which the fastest counts. Levels take turns.
+
+    Infinity where memory runs out, or where the encoder can't keep parts of a graph.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    has_parts = _why_all_or_nothing(forward) is None
+    device = chunk.input_ids.device
+    fastest = dict.fromkeys(LEVELS, float("inf"))
+    for _ in range(tries):
+        for level in LEVELS if has_parts else ("none", "all"):
+            wait_for(device)
+            start = time.perf_counter()
+            try:
+                embeddings = embed_keeping(forward, chunk, level)
+                if level == "none":
+                    embeddings = forward(chunk)
+                torch.autograd.grad(
+                    embeddings, trained, torch.ones_like(embeddings), allow_unused=True
+                )
+                wait_for(device)
+            except torch.OutOfMemoryError:
+                continue
+            fastest[level] = min(fastest[level], time.perf_counter() - start)
+    return fastest
 
 
 def _keep_and_reuse(level: str) -> tuple["_Keep", "_Reuse"]:

@@ -18,11 +18,13 @@ from numerics.reference import (
     tiny_loss,
 )
 
+from largebatch import passes
 from largebatch.batch import Texts
 from largebatch.budget import KeepPlan, measured_budget
 from largebatch.config import OptimConfig, StrategyConfig
 from largebatch.errors import UserError
 from largebatch.gradcache import GradCache
+from largebatch.model import keep as keep_module
 from largebatch.model.keep import (
     LEVELS,
     LevelCost,
@@ -30,6 +32,7 @@ from largebatch.model.keep import (
     _is_kept,
     embed_keeping,
     measure_levels,
+    time_levels,
 )
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import backward, one_reduction
@@ -96,7 +99,7 @@ def test_measured_costs_are_those_of_bert():
     expected = 1 - hidden * inner / per_layer
     assert costs["layers"].recomputed == pytest.approx(expected, rel=0.02)
     assert costs["all"].bytes_per_token > costs["products"].bytes_per_token
-    assert costs["none"] == (0, 1)
+    assert costs["none"] == LevelCost(0, 1)
     assert n > 1
 
 
@@ -130,6 +133,85 @@ def test_levels_stay_within_the_budget(tokens, budget_bytes, keep):
         assert all(
             10 * t > left for t, level in zip(tokens, chosen, strict=True) if level == "none"
         )
+
+
+def timed(**seconds):
+    return {level: cost._replace(seconds_per_token=seconds[level]) for level, cost in COSTS.items()}
+
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "levels"),
+    [
+        ((4.0, 3.8, 3.2, 3.0), ["none", "layers", "products", "all"]),
+        ((4.0, 4.5, 4.1, 3.0), ["none", "all"]),  # a narrow model
+        ((4.0, 3.6, 3.7, 3.65), ["none", "layers"]),
+        ((4.0, 3.95, 3.93, 3.94), ["none"]),  # too little for the memory
+        ((4.0, INF, INF, 3.0), ["none", "all"]),  # compiled layers
+        ((4.0, 3.8, 3.2, INF), ["none", "layers", "products"]),  # a graph doesn't fit
+        ((0.0, 0.0, 0.0, 0.0), ["none", "layers", "products", "all"]),  # not measured
+    ],
+)
+def test_auto_keeps_what_is_faster(seconds, levels):
+    plan = KeepPlan(timed(**dict(zip(LEVELS, seconds, strict=True))), 10**6)
+    assert plan.worthwhile == levels
+    assert KeepPlan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False))) == plan
+    tokens = [100, 70, 30]
+    for budget in (0, 900, 2500, 13000, 10**6, None):
+        chosen = plan._replace(budget_bytes=budget).levels("auto", tokens)
+        assert set(chosen) <= set(levels)
+        if budget in (10**6, None):
+            assert chosen == [levels[-1]] * 3
+        # Who asks for a level gets it.
+        assert plan.levels("products", tokens) == ["products"] * 3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_levels_are_timed_on_the_side(monkeypatch, compiled):
+    encoder = tiny_encoder(dropout=0.3)
+    (chunk,) = encoder.make_chunks(Texts.from_lists(DOCUMENTS), 10**6)[1]
+    taken = []
+
+    def embed(forward, chunk, level):
+        taken.append(level)
+        return embed_keeping(forward, chunk, level)
+
+    monkeypatch.setattr(keep_module, "embed_keeping", embed)
+    if compiled:
+        monkeypatch.setattr(keep_module, "is_compiled", lambda _: True)
+    seconds = time_levels(encoder, chunk, list(encoder.parameters()), tries=2)
+    expected = ["none", "all"] if compiled else list(LEVELS)
+    assert taken == 2 * expected
+    assert [level for level in LEVELS if 0 < seconds[level] < 60] == expected
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+def test_a_level_without_room_takes_forever(monkeypatch):
+    encoder = tiny_encoder()
+    (chunk,) = encoder.make_chunks(Texts.from_lists(DOCUMENTS), 10**6)[1]
+
+    def embed(forward, chunk, level):
+        if level == "all":
+            raise torch.OutOfMemoryError
+        return embed_keeping(forward, chunk, level)
+
+    monkeypatch.setattr(keep_module, "embed_keeping", embed)
+    seconds = time_levels(encoder, chunk, list(encoder.parameters()))
+    assert [level for level in LEVELS if seconds[level] == INF] == ["all"]
+
+
+def test_auto_times_what_it_chooses_from(monkeypatch):
+    seconds = dict(zip(LEVELS, (4.0, 4.5, 3.2, 3.1), strict=True))
+    monkeypatch.setattr(passes, "time_levels", lambda *_: seconds)
+    encoder, loss = tiny_encoder(), tiny_loss(symmetric=False)
+    step = GradCache(encoder, loss, tokens_per_chunk=60, keep="auto", keep_gib=1)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    assert step.report(QUERIES, DOCUMENTS).units == pytest.approx(3.0, abs=0.1)
+    assert torch.equal(state, torch.get_rng_state())  # no dropout, and nothing else has drawn
+    assert step.memory.keep_plan.worthwhile == ["none", "products", "all"]
 
 
 def test_auto_takes_more_of_a_larger_budget():
@@ -251,9 +333,9 @@ def test_all_ranks_run_equally_many_passes(options, packing):
 
     results = run_ranks(on_rank, 3)
     _, expected = full_batch_gradient(tiny_encoder(), tiny_loss(symmetric=True), QUERIES, DOCUMENTS)
-    for found, passes, _, _ in results:
+    for found, done, _, _ in results:
         assert relative_error(found, expected) < 1e-6
-        assert passes == results[0][1]
+        assert done == results[0][1]
         assert [one[2] for one in passes if one[0] == "backward"].count(True) == 1
         assert passes[-1][-1] is not False
     assert [num_chunks for _, _, num_chunks, _ in results][1] == 0
@@ -309,14 +391,14 @@ def test_every_strategy_keeps(name, options):
 def test_ranks_agree_on_costs_and_budget():
     def on_rank():
         rank = torch.distributed.get_rank()
-        costs = {level: LevelCost(b + rank, r) for level, (b, r) in COSTS.items()}
+        costs = {level: LevelCost(b + rank, r, s + rank) for level, (b, r, s) in COSTS.items()}
         plan = KeepPlan(costs, 1000 - rank).agreed(Collectives())
         unlimited = KeepPlan(costs, None).agreed(Collectives())
         return plan.to_dict(), unlimited.budget_bytes
 
     for plan, unlimited in run_ranks(on_rank, 2):
         assert plan["budget_bytes"] == 999
-        assert plan["costs"]["products"] == [101, 0]
+        assert plan["costs"]["products"] == [101, 0, 1]
         assert unlimited is None
 
 

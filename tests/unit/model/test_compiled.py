@@ -19,6 +19,7 @@ from numerics.reference import (
 from torch import nn
 from torch._dynamo.utils import counters
 
+from largebatch import passes
 from largebatch.batch import Texts
 from largebatch.budget import KeepPlan
 from largebatch.config import OptimConfig, StrategyConfig
@@ -26,7 +27,7 @@ from largebatch.errors import UserError
 from largebatch.gradcache import GradCache
 from largebatch.model import compiled
 from largebatch.model.compiled import check_compiler, compile_layers, is_compiled, plain_shape
-from largebatch.model.keep import LevelCost, RandomState, measure_levels
+from largebatch.model.keep import LEVELS, LevelCost, RandomState, measure_levels
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.make import make_strategy
 
@@ -46,6 +47,7 @@ def graphs(monkeypatch):
     torch.compiler.reset()
     counters.clear()
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr(passes, "time_levels", lambda *_: dict.fromkeys(LEVELS, 0.0))
     yield lambda: counters["stats"]["unique_graphs"]
     torch.compiler.reset()
 

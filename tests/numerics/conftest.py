@@ -1,0 +1,12 @@
+"""What holds for the tests of numbers."""
+
+import pytest
+
+from largebatch import passes
+from largebatch.model.keep import LEVELS
+
+
+@pytest.fixture(autouse=True)
+def _levels_of_keeping_take_equally_long(monkeypatch):
+    """What `keep=auto` chooses would depend on what else the machine does."""
+    monkeypatch.setattr(passes, "time_levels", lambda *_: dict.fromkeys(LEVELS, 0.0))
