@@ -336,8 +336,8 @@ def test_all_ranks_run_equally_many_passes(options, packing):
     for found, done, _, _ in results:
         assert relative_error(found, expected) < 1e-6
         assert done == results[0][1]
-        assert [one[2] for one in passes if one[0] == "backward"].count(True) == 1
-        assert passes[-1][-1] is not False
+        assert [one[2] for one in done if one[0] == "backward"].count(True) == 1
+        assert done[-1][-1] is not False
     assert [num_chunks for _, _, num_chunks, _ in results][1] == 0
     assert results[0][2] > results[2][2] > 0
 
