@@ -111,7 +111,8 @@ def new_owners(tokens: Sequence[Numbers]) -> list[Numbers]:
     if max(held) <= mean * (1 + WORTHWHILE):
         return owners
     given: list[tuple[int, int, int]] = []
-    for rank, own in enumerate(tokens):
+    for rank in [rank for rank, number in enumerate(held) if number > mean]:
+        own = tokens[rank]
         for unit in _longest_that_fit(own, held[rank] - mean):
             given.append((-int(own[unit]), rank, unit))
             held[rank] -= int(own[unit])
@@ -147,6 +148,7 @@ def _message(part: Part) -> Numbers:
 
 
 def _message_size(tokens: Numbers, num_pairs: int, units: Numbers, knows_ids: bool) -> int:
+    """Return how long a rank's message is, which all know: so one gather has room for all."""
     per_pair = 3 if knows_ids else 2
     pairs = int((units < num_pairs).sum())
     return pairs * per_pair + (len(units) - pairs) + int(tokens[units].sum())
