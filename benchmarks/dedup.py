@@ -85,7 +85,7 @@ def measure(shards: Path, evaluation: Path, workers: int) -> dict[str, object]:
         yield lambda _: None
         seconds[title] = time.perf_counter() - clock, time.process_time() - cpu
 
-    sources = {path.name: str(path) for path in sorted(shards.iterdir())}
+    sources = {path.name: [str(path)] for path in sorted(shards.iterdir())}
     sets = {path.name: str(path) for path in sorted(evaluation.iterdir()) if path.is_dir()}
     with tempfile.TemporaryDirectory() as output:
         config = DedupConfig(sources=sources, output_dir=output, evaluation_sets=sets)

@@ -69,7 +69,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
         print(f"largebatch {version('largebatch')}")
     elif name in COMMANDS:
-        return _run_command(COMMANDS[name], parse_line(rest))
+        return _run_command(COMMANDS[name], parse_line(rest, COMMANDS[name].config_class))
     else:
         near = nearest(name, COMMANDS)
         hint = f"; did you mean {near}?" if near else ""
@@ -101,7 +101,7 @@ def _run_command(command: Command, line: Line) -> int:
             print(command_help(presets, overrides))
             return 0
         if line.cfg or line.info:
-            for texts, label in given.expand(overrides, multirun=line.multirun):
+            for texts, label in given.expand(presets, overrides, multirun=line.multirun):
                 if label:
                     print(f"# {label}")
                 compose.show(presets, texts, line)
@@ -125,7 +125,7 @@ def plan_jobs(presets: "Presets", overrides: Sequence[str], *, multirun: bool) -
 
     if multirun and is_rank():
         raise UserError("-m under a launcher would mix up its ranks; use -m with hardware.ranks=N")
-    expanded = expand(overrides, multirun=multirun)
+    expanded = expand(presets, overrides, multirun=multirun)
     labels = [label for _, label in expanded]
     texts = [list(texts) for texts, _ in expanded]
     configs = [compose(presets, job) for job in texts]
@@ -145,7 +145,7 @@ def _own_folders(
     `option` is what names the folder. Jobs that have different folders already, because the sweep
     is over it or over something that it refers to, keep them.
     """
-    from largebatch.commands.overrides import quote
+    from largebatch.commands.quoting import quoted
 
     if option is None or option not in configs[0]:
         return [[] for _ in configs]
@@ -155,9 +155,9 @@ def _own_folders(
     own = []
     for config, folder, label in zip(configs, folders, labels, strict=True):
         part = re.sub(r"[^\w.,=+-]", "_", label)
-        own.append([f"{option}={quote(f'{folder}/{part}')}"])
+        own.append([f"{option}={quoted(f'{folder}/{part}')}"])
         if option == "output_dir" and "name" in config:
-            own[-1].append(f"name={quote(f'{config.name}/{part}')}")
+            own[-1].append(f"name={quoted(f'{config.name}/{part}')}")
     return own
 
 

@@ -12,75 +12,102 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.commands.flags import Line
-from largebatch.commands.options import describe_value, find_option
-from largebatch.commands.overrides import names_code, translate
+from largebatch.commands.assign import assign
+from largebatch.commands.flags import INFOS, Line
+from largebatch.commands.options import find_option
+from largebatch.commands.overrides import check, names_code
 from largebatch.commands.presets import Presets
 from largebatch.errors import UserError
 
 
 def compose(presets: Presets, overrides: Sequence[str]) -> DictConfig:
     """Compose the config of one job; raise UserError for the first override that is wrong."""
-    translated, debug = translate(presets, overrides)
+    return _compose(presets, overrides, with_hydra=False)
+
+
+def _compose(presets: Presets, overrides: Sequence[str], *, with_hydra: bool) -> DictConfig:
+    checked = check(presets, overrides)
+    command = presets.command
     try:
         config = hydra.compose(
-            presets.command.primary_config, [*translated, *presets.hydra_overrides]
+            command.primary_config,
+            [*checked.choices, *presets.hydra_overrides],
+            return_hydra_config=with_hydra,
         )
     except HydraException as error:
-        raise UserError(_explain(presets.command.config_class, error, translated)) from error
+        raise UserError(_explain(command.config_class, error)) from error
     except OmegaConfBaseException as error:
         raise UserError(_first_line(error)) from error
-    if names_code(OmegaConf.to_container(config, resolve=False)):
+    # Names were checked; entries of mappings may be new.
+    OmegaConf.set_struct(config, False)
+    for override in checked.options:
+        assign(config, command.config_class, override)
+    OmegaConf.set_struct(config, True)
+    own = {name: node for name, node in config.items_ex(resolve=False) if name != "hydra"}
+    if any(
+        names_code(OmegaConf.to_container(node))
+        for node in own.values()
+        if OmegaConf.is_config(node)
+    ):
         raise UserError("_target_ is refused: a config never names code to run")
-    if debug is not None:
-        config.debug = debug
     return config
 
 
 def show(presets: Presets, overrides: Sequence[str], line: Line) -> None:
     """Print what `--cfg` or `--info` ask for, to the standard output."""
-    if line.cfg == "job":
-        config: Any = compose(presets, overrides)
-        config = resolve(config) if line.resolve else config
-        if line.package:
-            find_option(presets.command.config_class, line.package)
-            config = OmegaConf.select(config, line.package)
-        print(OmegaConf.to_yaml(config) if OmegaConf.is_config(config) else config, end="")
+    if line.info:
+        _show_info(presets, overrides, line.info)
         return
-    translated = [*translate(presets, overrides).overrides, *presets.hydra_overrides]
+    config: Any = _compose(presets, overrides, with_hydra=line.cfg != "job")
+    if line.cfg == "hydra":
+        config = OmegaConf.masked_copy(config, "hydra")
+    if line.resolve:
+        config = resolve(config)
+    if line.package:
+        if not line.package.startswith("hydra"):
+            find_option(presets.command.config_class, line.package)
+        config = OmegaConf.select(config, line.package)
+    print(OmegaConf.to_yaml(config) if OmegaConf.is_config(config) else config, end="")
+
+
+def _show_info(presets: Presets, overrides: Sequence[str], info: str) -> None:
     engine = GlobalHydra.instance().hydra
     assert engine is not None
-    if line.cfg:
-        engine.show_cfg(
-            presets.command.primary_config, translated, line.cfg, line.package, line.resolve
-        )
-    elif line.info:
-        engine.show_info(line.info, presets.command.primary_config, translated)
+    config = compose(presets, overrides)
+    choices = [*check(presets, overrides).choices, *presets.hydra_overrides]
+    for part in INFOS[1:] if info == "all" else (info,):
+        if part == "config":  # Hydra would not know of what is set in its config
+            print(OmegaConf.to_yaml(config), end="")
+        else:
+            engine.show_info(part, presets.command.primary_config, choices)
 
 
 def resolve(config: DictConfig) -> DictConfig:
     """Return a copy with each reference, such as ${name}, replaced by what it stands for."""
+    _check_references(config)
     resolved = config.copy()
-    try:
-        OmegaConf.to_container(config, resolve=True)  # unlike resolve, its errors name the option
-        OmegaConf.resolve(resolved)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {_first_line(error)}") from error
+    OmegaConf.resolve(resolved)
     return resolved
+
+
+def _check_references(config: DictConfig) -> None:
+    try:
+        OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {_explain_reference(error)}") from error
 
 
 def build(config: DictConfig) -> Any:
     """Turn a composed config into its dataclass; raise one UserError that holds all faults."""
-    resolved = resolve(config)
-    if missing := sorted(OmegaConf.missing_keys(resolved)):
+    _check_references(config)
+    if missing := sorted(OmegaConf.missing_keys(config)):
         raise UserError("; ".join(f"{key} is not set; add {key}=..." for key in missing))
     faults: list[str] = []
-    built = _build(resolved, faults)
+    built = _build(config, faults)  # reading an option gives what its reference stands for
     if faults:
         raise UserError("; ".join(faults))
     return built
@@ -107,15 +134,8 @@ def _build(node: Any, faults: list[str]) -> Any:
     return built
 
 
-def _explain(
-    config_class: type[Any], error: HydraException, translated: dict[str, Override]
-) -> str:
-    """Say what is wrong with a config whose overrides exist but do not fit."""
-    for text, override in translated.items():
-        if str(error).rstrip().endswith(f"override {text}"):
-            annotation = find_option(config_class, override.key_or_group).annotation
-            given = override.get_value_element_as_str()
-            return f"{override.key_or_group}={given} must be {describe_value(annotation)}"
+def _explain(config_class: type[Any], error: HydraException) -> str:
+    """Say what is wrong with a preset."""
     # A preset of the user's own: "In 'experiment/mine': ... raised while composing config:", then
     # what was raised, then the option's key.
     first, *others = str(error).strip().splitlines()
@@ -128,6 +148,17 @@ def _explain(
         else:
             reason = f"{key[1]}: {reason}"
     return f"{where}: {reason}" if reason else first
+
+
+def _explain_reference(error: OmegaConfBaseException) -> str:
+    """Say what is wrong with a reference, such as ${name}."""
+    line = _first_line(error)
+    if (
+        named := re.fullmatch(r"Interpolation key '([A-Z_][A-Z0-9_]*)' not found", line)
+    ) is not None:
+        name = named[1]
+        return f"${{{name}}} is no option; the environment variable is ${{oc.env:{name}}}"
+    return line.removeprefix("KeyError raised while resolving interpolation: ").strip('"')
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,14 +10,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from largebatch.commands.run_data import RunData, open_run_data
+from largebatch.commands.run_data import open_run_data
 from largebatch.config.tools import DataShowConfig
 from largebatch.curate.preview import ShownRow, ShownText, as_json, read_batch
 from largebatch.data.holes import rows_by_step
 from largebatch.data.reader import Reader
+from largebatch.data.schedule import Schedule
 from largebatch.data.stream import text_at
 from largebatch.errors import UserError
-from largebatch.train.build import text_phases
+from largebatch.train.build import build_schedule, text_phases
 
 WITHOUT_TOKENS_CHARS = 2000
 """Characters of a text that are printed where it is not known how much of it is used."""
@@ -32,10 +33,12 @@ def run(config: DataShowConfig) -> None:
         UserError: The sources have no index or hold too little, or there is no such step.
     """
     data = open_run_data(config)
+    # Where there is none, this says why.
+    schedule = data.schedule or build_schedule(config, data.sources)
     if config.step > data.num_steps:
         raise UserError(
             f"step={config.step} is never trained on: the sources give {data.num_steps:,} batches "
-            "within data.sources.*.epochs"
+            f"within {config.data.told_epochs()}"
         )
     for note in data.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -43,7 +46,7 @@ def run(config: DataShowConfig) -> None:
     step = config.step - 1
     reader = Reader(
         data.sources,
-        data.schedule,
+        schedule,
         buffer_bytes=config.data.buffer_mib * 2**20,
         skip_faults=True,
         known_holes=rows_by_step(data.known_holes),
@@ -63,7 +66,7 @@ def run(config: DataShowConfig) -> None:
             for row in shown:
                 print(json.dumps(as_json(row), ensure_ascii=False))
         else:
-            _print(config, data, rows, shown)
+            _print(config, schedule, rows, shown)
         sys.stdout.flush()
     except BrokenPipeError:
         # Who reads has seen enough (`| head`). Python flushes once more at its end, to nowhere.
@@ -89,7 +92,10 @@ def printable(text: str) -> str:
 
 
 def _print(
-    config: DataShowConfig, data: RunData, rows: Sequence[ShownRow], shown: Sequence[ShownRow]
+    config: DataShowConfig,
+    schedule: Schedule,
+    rows: Sequence[ShownRow],
+    shown: Sequence[ShownRow],
 ) -> None:
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     console.print(
@@ -98,7 +104,7 @@ def _print(
         f"{config.data.workers} loader processes each",
         style="bold",
     )
-    console.print(_mix_table(config, data, rows))
+    console.print(_mix_table(config, schedule, rows))
     for summary in _summary(config, rows):
         console.print(summary)
     for row in shown:
@@ -112,16 +118,16 @@ def _print(
         )
 
 
-def _mix_table(config: DataShowConfig, data: RunData, rows: Sequence[ShownRow]) -> Table:
+def _mix_table(config: DataShowConfig, schedule: Schedule, rows: Sequence[ShownRow]) -> Table:
     table = Table()
     table.add_column("source")
     for heading in ("rows", "share", "holes", "share up to here", "wanted", "epochs up to here"):
         table.add_column(heading, justify="right")
     counts = Counter(row.source for row in rows)
     holes = Counter(row.source for row in rows if row.hole)
-    given = data.schedule.rows_given(config.step)
-    shares, epochs = data.schedule.shares(config.step - 1), data.schedule.epochs(config.step)
-    for number, source in enumerate(data.sources):
+    given = schedule.rows_given(config.step)
+    shares, epochs = schedule.shares(config.step - 1), schedule.epochs(config.step)
+    for number, source in enumerate(schedule.sources):
         table.add_row(
             source.name,
             f"{counts[source.name]:,}",

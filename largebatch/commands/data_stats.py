@@ -37,7 +37,7 @@ def run(config: DataStatsConfig) -> None:
     """Write stats.json and the plots, and print the tables.
 
     Raises:
-        UserError: The sources have no index or hold too little, or the folder can't be written.
+        UserError: The sources have no index, or the folder can't be written.
     """
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     data = open_run_data(config)
@@ -201,10 +201,15 @@ def _share_table(sources: Mapping[str, Any], title: str) -> Table:
             f"{source['num_shards']:,}",
             f"{source['num_records']:,}",
             f"{source['num_bytes'] / 1e6:,.1f}",
-            f"{source['wanted']:.2%}",
-            f"{source['realized']:.2%}",
-            f"{source['epochs']:.2f}",
-            f"{source['left_out']:,}",
+            *(
+                "-" if source[name] is None else format(source[name], how)
+                for name, how in {
+                    "wanted": ".2%",
+                    "realized": ".2%",
+                    "epochs": ".2f",
+                    "left_out": ",",
+                }.items()
+            ),
         )
     return table
 

@@ -27,8 +27,8 @@ def run(config: DedupConfig) -> None:
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
     num_workers = config.workers or len(os.sched_getaffinity(0))
-    for name, folder in config.sources.items():
-        console.print(f"source      {name}: {folder}")
+    for name, folders in config.sources.items():
+        console.print(f"source      {name}: {', '.join(folders)}")
     for name, folder in config.evaluation_sets.items():
         console.print(f"evaluation  {name}: {folder}")
     near = (

@@ -15,7 +15,7 @@ def run(config: EncodeConfig) -> None:
     """Embed the texts of `config.input` and write them to `config.output`."""
     import numpy as np
 
-    texts = read_texts(Path(config.input), field=config.field)
+    texts = [text for path in config.input for text in read_texts(Path(path), field=config.field)]
     output = writable(Path(config.output), option="output")
     encoder = load_encoder(config.model, device=config.device)
     embeddings = encoder.encode(

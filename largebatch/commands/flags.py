@@ -1,11 +1,12 @@
 """The flags of a command line, apart from the overrides."""
 
 import argparse
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from largebatch.commands.options import nearest
+from largebatch.commands.options import find_option
 from largebatch.errors import UserError
 
 FLAGS = {
@@ -38,8 +39,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse_line(arguments: Sequence[str]) -> Line:
-    """Separate flags from overrides; raise UserError for a flag that does not exist."""
+def parse_line(arguments: Sequence[str], config_class: type[Any]) -> Line:
+    """Separate flags from overrides; raise UserError for a flag that does not exist.
+
+    `config_class` knows of the options, for those who write them with dashes.
+    """
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-h", "--help", action="store_true")
@@ -51,11 +55,24 @@ def parse_line(arguments: Sequence[str]) -> Line:
     parser.add_argument("-cd", "--config-dir", type=Path)
     found, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
-        near = nearest(unknown[0].partition("=")[0], FLAGS)
-        hint = f"did you mean {near}?" if near else f"there are {', '.join(FLAGS)}"
-        raise UserError(f"{unknown[0]} is not a flag; {hint}")
+        raise UserError(f"{unknown[0]} is not a flag; {_hint(unknown[0], arguments, config_class)}")
     if (found.resolve or found.package) and not found.cfg:
         raise UserError("--resolve and --package say how --cfg shows the config; add --cfg job")
     if found.config_dir and not found.config_dir.is_dir():
         raise UserError(f"--config-dir {found.config_dir} is not a folder")
     return Line(**vars(found))
+
+
+def _hint(flag: str, arguments: Sequence[str], config_class: type[Any]) -> str:
+    word, equals, value = flag.partition("=")
+    key = word.lstrip("-").replace("-", "_")
+    if not equals:
+        after = arguments[list(arguments).index(flag) + 1 :]
+        value = after[0] if after and not after[0].startswith("-") else "VALUE"
+    try:
+        find_option(config_class, key)
+    except UserError as unknown:
+        if near := difflib.get_close_matches(word, FLAGS, n=1, cutoff=0.75):
+            return f"did you mean {near[0]}?"
+        return f"there are {', '.join(FLAGS)}" if len(key) < 2 else f"and {unknown}"
+    return f"options have no dashes: {key}={value}"

@@ -28,10 +28,8 @@ class Place(NamedTuple):
 
     annotation: Any
     """The type there."""
-    mapping_key: str | None
-    """The dict-valued option that the key lies in, if it lies in one: `data.sources`."""
-    entry: tuple[str, ...]
-    """What remains of the key inside that option: `("mine", "urls")`."""
+    is_removable: bool
+    """Whether it is a mapping of free entries, or one of its entries."""
 
 
 def list_options(config_class: type[Any], prefix: str = "") -> Iterator[Option]:
@@ -62,32 +60,65 @@ def find_option(config_class: type[Any], key: str, *, groups: Iterable[str] = ()
     `groups` are further names that exist at the top, for the message.
     """
     annotation: Any = config_class
-    mapping_key: str | None = None
-    entry: list[str] = []
+    parent: Any = None
     parts = key.split(".")
+    if not all(parts):
+        raise UserError(f"{key!r} is not an option: it has an empty part")
+    with_dot = ""
     for depth, part in enumerate(parts):
-        if mapping_key is not None:
-            entry.append(part)
+        parent, before = annotation, ".".join(parts[:depth])
         if annotation is Any:
-            continue
+            break
         if dataclasses.is_dataclass(annotation):
             hints = typing.get_type_hints(annotation)
             if part not in hints:
                 names = [*hints, *(group for group in groups if depth == 0 and group not in hints)]
-                raise UserError(_unknown(config_class, key, ".".join(parts[:depth]), names))
+                raise unknown_option(config_class, key, before, names, hint=with_dot)
             annotation = hints[part]
         elif typing.get_origin(annotation) is dict:
-            if mapping_key is None:
-                mapping_key = ".".join(parts[:depth])
-                entry.append(part)
             annotation = typing.get_args(annotation)[1]
+            with_dot = _with_dot(before, parts[depth:], annotation)
         else:
-            parent = ".".join(parts[:depth])
             raise UserError(
-                f"{key} is not an option; {parent} is {describe_value(annotation)}, "
-                f"so set it whole: {parent}=..."
+                f"{key} is not an option; {before} is {describe_value(annotation)}, "
+                f"so set it whole: {before}=...{with_dot}"
             )
-    return Place(annotation, mapping_key, tuple(entry))
+    holds_entries = parent is Any or typing.get_origin(parent) is dict
+    return Place(annotation, holds_entries or typing.get_origin(annotation) is dict)
+
+
+def _with_dot(mapping: str, rest: list[str], annotation: Any) -> str:
+    """Say how to set an entry whose name has a dot, of which `rest` was made."""
+    options = typing.get_type_hints(annotation) if dataclasses.is_dataclass(annotation) else {}
+    end = next((n for n, part in enumerate(rest) if n > 0 and part in options), len(rest))
+    if end == 1 or (options and end == len(rest)):
+        return ""
+    value = "..."
+    for part in reversed(rest[end:]):
+        value = f"{{{part}: {value}}}"
+    return f"; a name with a dot goes into braces: +{mapping}={{{'.'.join(rest[:end])}: {value}}}"
+
+
+def unknown_option(
+    config_class: type[Any], key: str, parent: str, siblings: list[str], *, hint: str = ""
+) -> UserError:
+    """Return the error for an option that `parent` has not, with the nearest that there is.
+
+    `hint` is said besides.
+    """
+    prefix = f"{parent}." if parent else ""
+    options = [option.key for option in list_options(config_class)]
+    by_last_part = {option.rpartition(".")[2]: option for option in reversed(options)}
+    last_part = key.rpartition(".")[2]
+    near = (
+        by_last_part.get(last_part)
+        or nearest(key, [prefix + sibling for sibling in siblings])
+        or nearest(key, options)
+        or by_last_part.get(nearest(last_part, by_last_part) or "")
+    )
+    hint = (f"; did you mean {near}?" if near else "") + hint
+    there = f"{parent or 'top level'}: {', '.join(siblings)}"
+    return UserError(f"{key} is not an option{hint} ({there})")
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str | None:
@@ -101,7 +132,10 @@ def describe_value(annotation: Any) -> str:
         inner = [a for a in typing.get_args(annotation) if a is not type(None)]
         return " or ".join([*map(describe_value, inner), "null"])
     if typing.get_origin(annotation) is list:
-        return "a list, such as [a, b]"
+        (element,) = typing.get_args(annotation)
+        if dataclasses.is_dataclass(element):
+            return f"a list, such as [{{{next(iter(typing.get_type_hints(element)))}: ...}}]"
+        return f"a list, such as [{'1, 2' if element is int else 'a, b'}]"
     if typing.get_origin(annotation) is dict:
         return "a mapping, such as {name: value}"
     if dataclasses.is_dataclass(annotation):
@@ -109,6 +143,11 @@ def describe_value(annotation: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
         annotation, "a value"
     )
+
+
+def takes_text(annotation: Any) -> bool:
+    """Whether a type is text, or text or null."""
+    return annotation is str or annotation == str | None
 
 
 def name_type(annotation: Any) -> str:
@@ -125,21 +164,6 @@ def name_type(annotation: Any) -> str:
     if dataclasses.is_dataclass(annotation):
         return "{" + ", ".join(field.name for field in dataclasses.fields(annotation)) + "}"
     return str(annotation.__name__)
-
-
-def _unknown(config_class: type[Any], key: str, parent: str, siblings: list[str]) -> str:
-    prefix = f"{parent}." if parent else ""
-    options = [option.key for option in list_options(config_class)]
-    by_last_part = {option.rpartition(".")[2]: option for option in reversed(options)}
-    last_part = key.rpartition(".")[2]
-    near = (
-        by_last_part.get(last_part)
-        or nearest(key, [prefix + sibling for sibling in siblings])
-        or nearest(key, options)
-        or by_last_part.get(nearest(last_part, by_last_part) or "")
-    )
-    hint = f"; did you mean {near}?" if near else ""
-    return f"{key} is not an option{hint} ({parent or 'top level'}: {', '.join(siblings)})"
 
 
 def _field_documentation(config_class: type[Any]) -> dict[str, str]:

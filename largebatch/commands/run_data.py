@@ -26,8 +26,8 @@ class RunData(NamedTuple):
 
     sources: list[Source]
     """Where records come from, also those that are not there."""
-    schedule: Schedule
-    """Which record is in which batch."""
+    schedule: Schedule | None
+    """Which record is in which batch; None if the sources are too small for one, as a note says."""
     known_holes: list[Hole]
     """What the run has noted as unusable so far."""
     text: TextSettings
@@ -44,19 +44,24 @@ def open_run_data(config: TrainConfig) -> RunData:
     """Find the data of a run, and its tokenizer if there is one at hand.
 
     Raises:
-        UserError: The sources have no index, or hold too little.
+        UserError: The sources have no index.
     """
     # Shards that are not there are part of what is to be told: no reason to stop.
     sources = build_sources(replace(config, data=replace(config.data, on_fault="skip")))
-    schedule = build_schedule(config, sources)
     folder = Path(config.output_dir)
     notes = _compare_with_run(config, folder)
+    schedule: Schedule | None = None
+    try:
+        schedule = build_schedule(config, sources)
+    except UserError as error:
+        notes.append(f"`largebatch train` will refuse this config: {error}")
     num_steps = config.max_steps
-    if schedule.num_steps is not None and schedule.num_steps < num_steps:
-        num_steps = schedule.num_steps
+    most_steps = None if schedule is None else schedule.num_steps
+    if most_steps is not None and most_steps < num_steps:
+        num_steps = most_steps
         notes.append(
-            f"the sources give {num_steps:,} batches within data.sources.*.epochs, fewer than "
-            f"max_steps={config.max_steps}: `largebatch train` will refuse this config"
+            f"the sources give {num_steps:,} batches within {config.data.told_epochs()}, fewer "
+            f"than max_steps={config.max_steps}: `largebatch train` will refuse this config"
         )
     text, tokenizer = _find_text(config, folder / "backbone", notes)
     holes = read_holes(folder / "holes")

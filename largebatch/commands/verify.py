@@ -7,6 +7,7 @@ from rich.console import Console
 from largebatch.commands.progress import byte_progress
 from largebatch.config import VerifyConfig
 from largebatch.data.index import ShardIndex
+from largebatch.data.shards import find_files
 from largebatch.data.verify import verify
 from largebatch.errors import UserError
 
@@ -17,17 +18,25 @@ def run(config: VerifyConfig) -> None:
     Raises UserError with the number of problems if there are any.
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    folder = Path(config.shards)
-    index = ShardIndex.load(folder)
-    total = sum(shard.num_bytes for shard in index.shards)
+    paths = [Path(file) for url in config.shards for file in find_files(url)]
+    folders = dict.fromkeys(path.parent if path.is_file() else path for path in paths)
+    indexes = {folder: ShardIndex.load(folder) for folder in folders}
+    shards = [shard for index in indexes.values() for shard in index.shards]
+    total = sum(shard.num_bytes for shard in shards)
+    num_records = sum(index.num_records for index in indexes.values())
+    named = ", ".join(map(str, folders))
     console.print(
-        f"verifying   {index.num_records:,} records in {len(index.shards):,} shards, "
-        f"{total / 1e6:,.1f} MB, in {folder}"
+        f"verifying   {num_records:,} records in {len(shards):,} shards, {total / 1e6:,.1f} MB, "
+        f"in {named}"
     )
     with byte_progress("reading shards", total) as on_bytes:
-        problems = verify(folder, fields=config.fields, workers=0, on_bytes=on_bytes)
+        problems = [
+            problem
+            for folder in folders
+            for problem in verify(folder, fields=config.fields, workers=0, on_bytes=on_bytes)
+        ]
     for problem in problems:
         console.print(problem)
     if problems:
-        raise UserError(f"shards={folder} has {len(problems)} problems; they are listed above")
+        raise UserError(f"shards={named} has {len(problems)} problems; they are listed above")
     console.print("presence, sizes, checksums, records and fields are as the index says")

@@ -1,6 +1,7 @@
 """What checks of options share."""
 
 import difflib
+import math
 from collections.abc import Iterable
 
 from largebatch.errors import UserError
@@ -34,11 +35,15 @@ class Faults:
         """Note a number below its minimum (or not a number)."""
         if not value >= minimum:
             self.found.append(f"{option}={value} must be at least {minimum}")
+        elif value == math.inf:
+            self.found.append(f"{option}={value} must be a finite number")
 
     def above(self, option: str, value: float, minimum: float) -> None:
         """Note a number that is not above a bound."""
         if not value > minimum:
             self.found.append(f"{option}={value} must be above {minimum}")
+        elif value == math.inf:
+            self.found.append(f"{option}={value} must be a finite number")
 
     def unit_interval(self, option: str, value: float) -> None:
         """Note a number outside [0, 1]."""

@@ -32,21 +32,21 @@ class SourceConfig:
     symmetric: bool | None = None
     """Whether this source's batches are matched both ways. Unset: objective.symmetric."""
 
-    def __post_init__(self) -> None:
-        faults = Faults()
+    def check(self, key: str, faults: Faults) -> None:
+        """Note what is wrong with the source at `key`, such as data.sources.mine."""
         unknown = set(self.fields) - {"query", "document", "negatives", "id"}
-        faults.check(
-            not unknown,
-            f"data.sources.*.fields has {sorted(unknown)}; it maps query, document, negatives "
-            "and id to the names of your fields",
-        )
+        for name in sorted(unknown):
+            faults.check(
+                False,
+                f"{key}.fields.{name} means nothing; fields maps query, document, negatives and id "
+                "to the names of your fields",
+            )
         if self.weight is not None:
-            faults.at_least("data.sources.*.weight", self.weight, 0)
+            faults.at_least(f"{key}.weight", self.weight, 0)
         if self.epochs is not None:
-            faults.above("data.sources.*.epochs", self.epochs, 0)
+            faults.above(f"{key}.epochs", self.epochs, 0)
         if self.max_negatives is not None:
-            faults.at_least("data.sources.*.max_negatives", self.max_negatives, 0)
-        faults.finish()
+            faults.at_least(f"{key}.max_negatives", self.max_negatives, 0)
 
 
 @dataclass(kw_only=True)
@@ -62,15 +62,14 @@ class CurriculumConfig:
     document_max_tokens: int | None = None
     """Longest document from here on, at most text.document_max_tokens. Unset: as before."""
 
-    def __post_init__(self) -> None:
-        faults = Faults()
-        faults.at_least("data.curriculum.*.from_step", self.from_step, 0)
+    def check(self, key: str, faults: Faults) -> None:
+        """Note what is wrong with the entry at `key`, such as data.curriculum[0]."""
+        faults.at_least(f"{key}.from_step", self.from_step, 0)
         for name, weight in self.weights.items():
-            faults.at_least(f"data.curriculum.*.weights.{name}", weight, 0)
+            faults.at_least(f"{key}.weights.{name}", weight, 0)
         for side in ("query", "document"):
             if (tokens := getattr(self, f"{side}_max_tokens")) is not None:
-                faults.at_least(f"data.curriculum.*.{side}_max_tokens", tokens, 4)
-        faults.finish()
+                faults.at_least(f"{key}.{side}_max_tokens", tokens, 4)
 
 
 @dataclass(kw_only=True)
@@ -115,6 +114,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         faults = Faults()
+        for name, source in self.sources.items():
+            source.check(f"data.sources.{name}", faults)
+        for number, phase in enumerate(self.curriculum):
+            phase.check(f"data.curriculum[{number}]", faults)
         faults.at_least("data.size_exponent", self.size_exponent, 0)
         faults.one_of("data.batches", self.batches, BATCHES)
         faults.one_of("data.tail", self.tail, TAILS)
@@ -132,15 +135,14 @@ class DataConfig:
             "data.tail=drop is for data.batches=one_source; mixed batches have no tail to drop, "
             "so set data.tail=carry",
         )
-        faults.check(
-            not any(phase.weights for phase in self.curriculum)
-            or all(source.weight is not None for source in self.sources.values()),
-            "data.curriculum changes weights, and data.sources.*.weight is unset; give each source "
-            "the weight that it starts with",
-        )
         self._check_weights(faults)
         self._check_curriculum(faults)
         faults.finish()
+
+    def told_epochs(self) -> str:
+        """Return the options that end sources, as in `data.sources.mine.epochs=2.0`."""
+        limited = {name: source.epochs for name, source in self.sources.items() if source.epochs}
+        return " and ".join(f"data.sources.{name}.epochs={n:g}" for name, n in limited.items())
 
     def _check_weights(self, faults: Faults) -> None:
         without = [name for name, source in self.sources.items() if source.weight is None]
@@ -151,15 +153,23 @@ class DataConfig:
             "data.size_exponent)",
         )
         faults.check(
-            bool(without) or not self.sources or any(s.weight for s in self.sources.values()),
-            "data.sources.*.weight is 0 for all sources; give one a weight above 0",
+            len(without) < len(self.sources)
+            or not self.sources
+            or not any(phase.weights for phase in self.curriculum),
+            f"data.curriculum changes weights, and data.sources.{next(iter(without), '')}.weight "
+            "is unset; give each source the weight that it starts with",
         )
-        if self.batches == "mixed":
-            faults.check(
-                len({source.symmetric for source in self.sources.values()}) <= 1,
-                "data.sources.*.symmetric differs between sources, which mixed batches can't have; "
-                "set it for all alike, or data.batches=one_source",
-            )
+        faults.check(
+            bool(without) or not self.sources or any(s.weight for s in self.sources.values()),
+            f"{' and '.join(f'data.sources.{name}.weight' for name in self.sources)} "
+            "leave no source above 0; give one a weight",
+        )
+        by_symmetric = {source.symmetric: name for name, source in self.sources.items()}
+        faults.check(
+            self.batches != "mixed" or len(by_symmetric) <= 1,
+            f"{' and '.join(f'data.sources.{name}.symmetric' for name in by_symmetric.values())} "
+            "differ, which mixed batches can't have; set them alike, or data.batches=one_source",
+        )
 
     def _check_curriculum(self, faults: Faults) -> None:
         steps = [phase.from_step for phase in self.curriculum]

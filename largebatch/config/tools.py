@@ -91,7 +91,8 @@ class IndexConfig:
     """Write index.json for tar shards that others made."""
 
     shards: list[str] = field(default_factory=list)
-    """Tar files (braces and globs allowed), all in one folder, which gets index.json."""
+    """A folder with tar files, or tar files (braces and globs allowed), all in one folder, which
+    gets index.json."""
     workers: int = 0
     """Processes that read shards. 0: one per core."""
     overwrite: bool = False
@@ -102,7 +103,7 @@ class IndexConfig:
     def __post_init__(self) -> None:
         faults = Faults()
         faults.check(
-            bool(self.shards), "shards is empty; name tar files, for example shards=[data/*.tar]"
+            bool(self.shards), "shards is empty; name a folder with tar files: shards=FOLDER"
         )
         faults.at_least("workers", self.workers, 0)
         faults.finish()
@@ -112,20 +113,26 @@ class IndexConfig:
 class VerifyConfig:
     """Check shards against their index: presence, size, checksum, records, decodable fields."""
 
-    shards: str = "shards"
-    """Folder with index.json."""
+    shards: list[str] = field(default_factory=lambda: ["shards"])
+    """Folders with index.json (braces and globs allowed), each of which is checked; a tar file
+    stands for its folder."""
     fields: dict[str, str] = field(default_factory=dict)
     """Which field is what. Unset: recognized by name."""
     debug: bool = False
     """Whether an error shows its traceback."""
+
+    def __post_init__(self) -> None:
+        if not self.shards:
+            raise UserError("shards is empty; name a folder with index.json: shards=FOLDER")
 
 
 @dataclass(kw_only=True)
 class DedupConfig:
     """Leave out duplicates and what evaluation sets contain, and write the rest as new shards."""
 
-    sources: dict[str, str] = field(default_factory=dict)
-    """Folders with shards, by the source's name; an earlier source keeps what a later one has."""
+    sources: dict[str, list[str]] = field(default_factory=dict)
+    """Folders with shards, one or a list, by the source's name; an earlier source keeps what a
+    later one has."""
     output_dir: str = "deduplicated"
     """Gets a folder of shards for each source, and report.json."""
     near: bool = True
@@ -156,6 +163,8 @@ class DedupConfig:
         faults.check(
             bool(self.sources), "sources is empty; name folders, for example sources.mine=shards"
         )
+        for name, folders in self.sources.items():
+            faults.check(bool(folders), f"sources.{name} is empty; name a folder with shards")
         faults.check(
             0 < self.threshold <= 1, f"threshold={self.threshold} must be above 0 and at most 1"
         )
@@ -204,8 +213,8 @@ class EncodeConfig:
 
     model: str = ""
     """Exported model (a sentence-transformers folder) or hub name."""
-    input: str = ""
-    """Text file (a text a line) or .jsonl file."""
+    input: list[str] = field(default_factory=list)
+    """Text files (a text a line) or .jsonl files, one or a list."""
     output: str = "embeddings.npy"
     """Gets float32 [number of texts, width], in the order of the input."""
     side: str = "document"

@@ -118,12 +118,18 @@ class StrategyConfig:
     def _check_deepspeed(self, faults: Faults) -> None:
         for key, cure in NOT_IN_DEEPSPEED_CONFIG.items():
             faults.check(key not in self.config, f"strategy.config.{key} is set by {cure}")
-        zero = self.config.get("zero_optimization", {})
+        parts = {name: self.config.get(name, {}) for name in ("zero_optimization", "fp16")}
+        for name, part in parts.items():
+            faults.check(
+                isinstance(part, dict),
+                f"strategy.config.{name}={part} must be a mapping, such as "
+                f"strategy.config.{name}.KEY=VALUE",
+            )
+        zero, fp16 = (part if isinstance(part, dict) else {} for part in parts.values())
         faults.check(
             "stage" not in zero,
             "strategy.config.zero_optimization.stage is set by strategy.zero_stage",
         )
-        fp16 = self.config.get("fp16", {})
         faults.check(
             not fp16.get("enabled"),
             "strategy.config.fp16.enabled=true is not supported, for it skips steps; use "
@@ -267,6 +273,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         faults = Faults()
+        faults.check(bool(self.output_dir), "output_dir is empty; name a folder")
+        faults.check(
+            0 <= self.seed < 2**63, f"seed={self.seed} must be a whole number from 0 to 2^63 - 1"
+        )
         faults.at_least("global_batch", self.global_batch, 2)
         if isinstance(self.tokens_per_chunk, int):
             faults.at_least("tokens_per_chunk", self.tokens_per_chunk, 1)
@@ -301,15 +311,16 @@ class TrainConfig:
             f"timeout_s={self.strategy.timeout_s:g}, after which other ranks give up; lower those, "
             "or raise this",
         )
-        for phase in self.data.curriculum:
+        for number, phase in enumerate(self.data.curriculum):
             for side in ("query", "document"):
                 option = f"{side}_max_tokens"
                 now, most = getattr(phase, option), getattr(self.text, option)
                 faults.check(
                     now is None or now <= most,
-                    f"data.curriculum.*.{option}={now} is more than text.{option}={most}; raise "
-                    "the latter, which is what the trained model takes",
+                    f"data.curriculum[{number}].{option}={now} is more than text.{option}="
+                    f"{most}; raise the latter, which is what the trained model takes",
                 )
         for name, source in self.data.sources.items():
-            faults.check(bool(source.urls), f"data.sources.{name}.urls is empty; name its shards")
+            key = f"data.sources.{name}.urls"
+            faults.check(bool(source.urls), f"{key} is empty; name its shards: {key}=[shards/]")
         faults.finish()

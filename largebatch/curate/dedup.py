@@ -26,6 +26,7 @@ text itself, in files that all processes share. Remote shards are read twice. Th
 depend on the number of processes.
 """
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -113,7 +114,8 @@ def check_output(config: DedupConfig) -> None:
                 "with a point or hold a slash; rename it"
             )
         target = folder / name
-        if any(Path(s).resolve() == target.resolve() for s in config.sources.values()):
+        folders = itertools.chain.from_iterable(config.sources.values())
+        if any(Path(folder).resolve() == target.resolve() for folder in folders):
             raise UserError(
                 f"sources.{name} would be written to {target}, which is a source itself; choose "
                 f"another output_dir than {config.output_dir!r}"
@@ -332,8 +334,8 @@ def _parts(config: DedupConfig) -> list[Part]:
     """List the segments of all sources, with the numbers of their first records."""
     parts = []
     first = 0
-    for source, folder in enumerate(config.sources.values()):
-        for url, shard in resolve_source([folder]):
+    for source, folders in enumerate(config.sources.values()):
+        for url, shard in resolve_source(folders):
             for segment in shard.segments:
                 parts.append(Part(source, first, url, segment))
                 first += segment.num_records

@@ -64,7 +64,7 @@ class Duplicates(NamedTuple):
 
 
 class SourceShare(NamedTuple):
-    """A source's part of a run."""
+    """A source's part of a run; what only batches decide is None where there are none."""
 
     name: str
     """Name of the source."""
@@ -73,24 +73,33 @@ class SourceShare(NamedTuple):
     num_records: int
     num_bytes: int
     """Of its segments, as they are stored."""
-    wanted: float
+    wanted: float | None
     """Share of the run that the weights ask for."""
-    realized: float
+    realized: float | None
     """Share of the run's rows that it gives."""
-    epochs: float
+    epochs: float | None
     """How often the run goes through it."""
-    left_out: int
+    left_out: int | None
     """Records that each epoch leaves out, for they fill no batch."""
 
 
 def source_shares(
-    sources: Sequence[Source], schedule: Schedule, num_steps: int
+    sources: Sequence[Source], schedule: Schedule | None, num_steps: int
 ) -> list[SourceShare]:
     """Return what each source is to a run of so many steps."""
-    given = schedule.rows_given(num_steps)
-    epochs = given / schedule.epoch_records
-    wanted = _mean_shares(schedule, num_steps)
-    left_out = schedule.left_out()
+    parts: list[dict[str, Any]] = [
+        dict.fromkeys(("wanted", "realized", "epochs", "left_out")) for _ in sources
+    ]
+    if schedule is not None:
+        given = schedule.rows_given(num_steps)
+        columns = {
+            "wanted": _mean_shares(schedule, num_steps),
+            "realized": given / given.sum(),
+            "epochs": given / schedule.epoch_records,
+            "left_out": schedule.left_out(),
+        }
+        for number, part in enumerate(parts):
+            part.update({name: column[number].item() for name, column in columns.items()})
     return [
         SourceShare(
             name=source.name,
@@ -98,12 +107,9 @@ def source_shares(
             num_segments=len(source.segments),
             num_records=int(source.segment_sizes.sum()),
             num_bytes=int(source.segments.num_bytes.sum()),
-            wanted=float(wanted[number]),
-            realized=float(given[number] / given.sum()),
-            epochs=float(epochs[number]),
-            left_out=int(left_out[number]),
+            **part,
         )
-        for number, source in enumerate(sources)
+        for source, part in zip(sources, parts, strict=True)
     ]
 
 

@@ -183,7 +183,7 @@ class ShardIndex(NamedTuple):
         except FileNotFoundError:
             raise UserError(
                 f"{folder} has no {INDEX_NAME}; for tar shards that others made, write it with "
-                f"`largebatch index 'shards=[{str(folder).rstrip('/')}/*.tar]'`"
+                f"`largebatch index shards={str(folder).rstrip('/')}`"
             ) from None
         try:
             return cls._parse(orjson.loads(data))

@@ -39,7 +39,7 @@ OnBytes = Callable[[int], object]
 
 
 def shard_files(urls: Sequence[str]) -> list[Path]:
-    """List the tar files that `urls` name (braces and globs), in order.
+    """List the tar files that `urls` name (braces, globs, or the folder that holds them), in order.
 
     Raises UserError if there are none, or if they lie in more than one folder or on another
     machine: an index is written beside the shards.
@@ -47,16 +47,23 @@ def shard_files(urls: Sequence[str]) -> list[Path]:
     files = dict.fromkeys(file for url in urls for file in find_files(url))
     if remote := [file for file in files if is_remote(file)]:
         raise UserError(f"{remote[0]} is remote; index a local copy and upload index.json with it")
-    paths = [Path(file) for file in files]
-    if not paths:
+    if not files:
         raise UserError("no shards are given; name tar files, for example 'shards=[data/*.tar]'")
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path} is no file; shards must name tar files")
+    paths: list[Path] = []
+    for path in map(Path, files):
+        if path.is_dir():
+            if not (inside := sorted(path.glob("*.tar"))):
+                raise UserError(f"no shards at {path}: the folder holds no *.tar")
+            paths += inside
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise UserError(f"no shards at {path}: there is no such file or folder")
+    paths = list(dict.fromkeys(paths))
     if len(folders := sorted({str(path.parent) for path in paths})) > 1:
         raise UserError(
             f"shards lie in {len(folders)} folders ({', '.join(folders)}), and an index is for "
-            "one; index each, and name them all in data.sources.*.urls"
+            "one; index each, and name them all in data.sources.NAME.urls"
         )
     return paths
 

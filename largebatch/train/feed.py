@@ -42,7 +42,7 @@ class Feed:
         if (steps := self.schedule.num_steps) is not None and steps < config.max_steps:
             raise UserError(
                 f"max_steps={config.max_steps} is more than the {steps:,} batches that the sources "
-                "give within data.sources.*.epochs; lower it, or raise or unset those"
+                f"give within {config.data.told_epochs()}; lower it, or raise or unset those"
             )
         self._holes = HoleLog(folder / "holes", world.rank)
         self._known_holes = read_holes(folder / "holes")

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -12,8 +13,12 @@ from largebatch.errors import UserError
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.strategy import Strategy
+from largebatch.train.checkpoint import list_checkpoints
 from largebatch.train.memory import peak_memory_gib
 from largebatch.train.step import StepResult
+
+SMALL_TEMPERATURE = 1e-4
+"""Below this, products of unit vectors over the temperature are beyond what training is for."""
 
 
 class StepMeter:
@@ -90,7 +95,9 @@ class StepMeter:
         norms = torch.stack([result.grad_norm for result in self._results]).double()
         finite = torch.stack([report.embeddings_finite for report in reports])
         # All of these wait for the device.
-        self._check_finite(step, losses.tolist(), norms.tolist(), finite.tolist())
+        self._check_finite(
+            step, losses.tolist(), norms.tolist(), finite.tolist(), loss.temperature.value
+        )
         accuracy = torch.stack([report.accuracy for report in reports]).double().mean().item()
         duration_s = time.perf_counter() - self._since_s
         counts = [
@@ -137,7 +144,12 @@ class StepMeter:
         return values
 
     def _check_finite(
-        self, step: int, losses: list[float], norms: list[float], embeddings_finite: list[bool]
+        self,
+        step: int,
+        losses: list[float],
+        norms: list[float],
+        embeddings_finite: list[bool],
+        temperature: float,
     ) -> None:
         values = torch.tensor([losses, norms])
         if bool(values.isfinite().all()):
@@ -148,7 +160,38 @@ class StepMeter:
         ranks = [rank for rank, finite in enumerate(flags) if not finite]
         first = step - len(losses) + 1 + number
         where = f"embeddings of ranks {ranks} are not finite" if ranks else "embeddings are finite"
+        cure = self._of_weights(first) if ranks else self._of_logits(first, temperature)
+        saved = list_checkpoints(Path(self._config.output_dir) / "checkpoints")
+        before = [number for number in saved if number < first]
         raise UserError(
-            f"step {first}: loss or gradient is not finite ({where}); the last checkpoint is from "
-            "before it: lower optim.lr, or use hardware.precision=float32"
+            f"step {first}: loss or gradient is not finite ({where}); {cure}"
+            + (
+                f"; the checkpoint of step {before[-1]} is from before it, and a run with other "
+                "options of training needs another output_dir"
+                if before
+                else ""
+            )
         )
+
+    def _of_logits(self, step: int, temperature: float) -> str:
+        """Say what makes logits or gradient overflow where embeddings are finite."""
+        if temperature < SMALL_TEMPERATURE:
+            options = ["temperature.value=0.05"]
+            if self._config.temperature.learned:
+                options.insert(0, "temperature.min=0.01")
+            return f"a temperature of {temperature:g} is too low; set {' '.join(options)}"
+        if self._config.pooling.normalize is False:
+            return (
+                "the embeddings have no unit length, and their products overflow; set "
+                "pooling.normalize=true, or raise temperature.value"
+            )
+        return self._of_weights(step)
+
+    def _of_weights(self, step: int) -> str:
+        precision = self._config.hardware.precision
+        other = ", or use hardware.precision=float32" if precision != "float32" else ""
+        if step == 1:
+            return (
+                f"no step was taken before, so look at the weights that the run began with{other}"
+            )
+        return f"lower optim.lr{other}"

@@ -28,8 +28,8 @@ def cells(out):
 def test_it_tells_the_plan_and_what_was_left_out_and_why(tmp_path, capsys):
     pairs = [(f"query {n}", f"document {n}") for n in range(20)]
     sources = {
-        "one": write(tmp_path / "1", [*pairs, pairs[3]]),
-        "two": write(tmp_path / "2", [pairs[5], ("a test", "x"), ("query 1", "y"), ("z", "y")]),
+        "one": [write(tmp_path / "1", [*pairs, pairs[3]])],
+        "two": [write(tmp_path / "2", [pairs[5], ("a test", "x"), ("query 1", "y"), ("z", "y")])],
     }
     tested = RetrievalSet("t", {"d": "text"}, {"q": "A test?"}, {"q": {"d": 1}})
     save_retrieval_set(tested, tmp_path / "t")
@@ -61,7 +61,7 @@ def test_it_tells_the_plan_and_what_was_left_out_and_why(tmp_path, capsys):
 
 def test_one_source_has_no_table_of_common_records(tmp_path, capsys):
     source = write(tmp_path / "1", [("q", "d")])
-    config = DedupConfig(sources={"one": source}, output_dir=str(tmp_path / "out"), near=False)
+    config = DedupConfig(sources={"one": [source]}, output_dir=str(tmp_path / "out"), near=False)
     dedup.run(config)
     out = capsys.readouterr().out
     assert "exact duplicates only" in out

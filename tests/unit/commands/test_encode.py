@@ -35,7 +35,7 @@ def test_a_row_for_each_line(tmp_path, model, capsys):
     path.write_bytes("\r\n".join(TEXTS).encode() + b"\r\n")
     expected = Encoder.from_pretrained(model)
     for side in ("document", "query"):
-        run(EncodeConfig(model=str(model), input=str(path), output=str(output), side=side))
+        run(EncodeConfig(model=str(model), input=[str(path)], output=str(output), side=side))
         rows = np.load(output, allow_pickle=False)
         assert rows.dtype == np.float32
         np.testing.assert_array_equal(rows, expected.encode(TEXTS, side=side))
@@ -67,7 +67,7 @@ def test_names_what_is_wrong_with_the_input(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     # The model doesn't exist either: the input is read before a model is loaded.
     config = EncodeConfig(
-        model="./absent", input=str(tmp_path / name), output=str(tmp_path / "out.npy")
+        model="./absent", input=[str(tmp_path / name)], output=str(tmp_path / "out.npy")
     )
     with pytest.raises(UserError) as caught:
         run(config)
@@ -77,7 +77,7 @@ def test_names_what_is_wrong_with_the_input(tmp_path, name, content, message):
 
 def test_names_a_missing_file_model_or_device(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
-    config = EncodeConfig(model=str(tmp_path / "absent"), input=str(path), output=str(tmp_path))
+    config = EncodeConfig(model=str(tmp_path / "absent"), input=[str(path)], output=str(tmp_path))
     with pytest.raises(UserError, match="is no file"):
         run(config)
     path.write_text("x\n")

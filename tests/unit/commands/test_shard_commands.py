@@ -32,17 +32,17 @@ def test_shard_tells_the_plan_and_what_was_written_and_dropped(capsys, shards):
 
 
 def test_verify_prints_every_problem_and_fails(shards, capsys):
-    verify.run(VerifyConfig(shards=str(shards)))
+    verify.run(VerifyConfig(shards=[str(shards)]))
     assert "as the index says" in capsys.readouterr().out
     (shards / "shard-000000.tar").unlink()
     (shards / "stray.tar").touch()
     with pytest.raises(UserError, match="has 2 problems"):
-        verify.run(VerifyConfig(shards=str(shards)))
+        verify.run(VerifyConfig(shards=[str(shards)]))
     out = capsys.readouterr().out
     assert "shard-000000.tar is missing" in out
     assert "stray.tar is not listed" in out
     with pytest.raises(UserError, match="no such folder"):
-        verify.run(VerifyConfig(shards=str(shards / "nowhere")))
+        verify.run(VerifyConfig(shards=[str(shards / "nowhere")]))
 
 
 def test_index_writes_what_was_there(shards, capsys):

@@ -47,7 +47,8 @@ def ids_in(folder):
 
 
 def run(sources, output, *, num_workers=1, **options):
-    config = DedupConfig(sources=sources, output_dir=str(output), **options)
+    listed = {name: [folder] for name, folder in sources.items()}
+    config = DedupConfig(sources=listed, output_dir=str(output), **options)
     return deduplicate(config, num_workers=num_workers, stage=no_stage)
 
 
