@@ -176,10 +176,13 @@ class StepMeter:
     def _of_logits(self, step: int, temperature: float) -> str:
         """Say what makes logits or gradient overflow where embeddings are finite."""
         if temperature < SMALL_TEMPERATURE:
-            options = ["temperature.value=0.05"]
-            if self._config.temperature.learned:
-                options.insert(0, "temperature.min=0.01")
-            return f"a temperature of {temperature:g} is too low; set {' '.join(options)}"
+            given = self._config.temperature
+            if given.learned:
+                return (
+                    f"the learned temperature has come down to {temperature:g}; raise "
+                    f"temperature.min={given.min:g}, for example to 0.01"
+                )
+            return f"temperature.value={given.value:g} is too low; raise it, for example to 0.05"
         if self._config.pooling.normalize is False:
             return (
                 "the embeddings have no unit length, and their products overflow; set "

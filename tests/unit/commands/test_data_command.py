@@ -311,6 +311,18 @@ def test_steps_beyond_what_the_sources_give(folder, capsys):
     assert "note: the sources give 9 batches within data.sources." in out
 
 
+def test_stats_need_no_batch(folder, capsys):
+    out, _ = run(capsys, "stats", "data.sources.b.urls=b", "sample=0")
+    assert "will refuse this config: global_batch=1024: source 'b' has 70 records, fewer" in out
+    stats = json.loads((folder / "data_stats/stats.json").read_text())["sources"]["b"]
+    assert (stats["num_records"], stats["sampled"], stats["usable"]) == (70, 70, 69)
+    assert stats["wanted"] is stats["realized"] is stats["epochs"] is stats["left_out"] is None
+    assert app.main(["data", "show", "data.sources.b.urls=b"]) == 1
+    told = capsys.readouterr()
+    assert (told.out, len(told.err.splitlines())) == ("", 1)
+    assert "source 'b' has 70 records, fewer than the rows of a batch" in told.err
+
+
 def test_help_tells_the_actions_and_their_own_options_first(capsys):
     assert app.main(["data", "--help"]) == 0
     out = capsys.readouterr().out

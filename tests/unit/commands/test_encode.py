@@ -44,6 +44,17 @@ def test_a_row_for_each_line(tmp_path, model, capsys):
     assert abs(rows - expected.encode(TEXTS)).max() > 1e-3
 
 
+def test_several_inputs_are_one_matrix(tmp_path, model):
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path, texts in zip(paths, (TEXTS[:3], TEXTS[3:]), strict=True):
+        path.write_text("\n".join(texts) + "\n")
+    output = tmp_path / "matrix.npy"
+    run(EncodeConfig(model=str(model), input=[str(path) for path in paths], output=str(output)))
+    np.testing.assert_allclose(
+        np.load(output), Encoder.from_pretrained(model).encode(TEXTS), atol=1e-6
+    )
+
+
 def test_reads_a_field_of_jsonl(tmp_path):
     lines = "\n\n".join(json.dumps({"text": "other", "body": text}) for text in TEXTS)
     (tmp_path / "a.jsonl").write_text(lines)

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -58,3 +59,24 @@ def test_index_writes_what_was_there(shards, capsys):
     (shards / "shard-000001.tar").unlink()
     index.run(IndexConfig(shards=[f"{shards}/*.tar"], overwrite=True))
     assert json.loads(target.read_text())["num_records"] == 50
+
+
+def test_a_folder_is_indexed_and_several_are_verified(shards, capsys, tmp_path):
+    made = json.loads((shards / "index.json").read_text())
+    (shards / "index.json").unlink()
+    index.run(IndexConfig(shards=[str(shards)]))
+    assert json.loads((shards / "index.json").read_text())["shards"] == made["shards"]
+    other = tmp_path / "other"
+    shutil.copytree(shards, other)
+    (other / "shard-000001.tar").unlink()
+    capsys.readouterr()
+    with pytest.raises(UserError, match=f"shards={shards}, {other} has 1 problems"):
+        verify.run(VerifyConfig(shards=[f"{shards}/*.tar", str(other)]))
+    out = capsys.readouterr().out
+    assert "verifying   180 records in 4 shards" in out
+    assert f"{other}/shard-000001.tar is missing" in out
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="the folder holds no"):
+        index.run(IndexConfig(shards=[str(tmp_path / "empty")]))
+    with pytest.raises(UserError, match="no such file or folder"):
+        index.run(IndexConfig(shards=[str(tmp_path / "nowhere")]))

@@ -1,6 +1,7 @@
 """StepMeter: means over steps and ranks, and the end of a run whose numbers are not finite."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,13 +9,22 @@ from dist import run_ranks
 from numerics.reference import random_texts, tiny_encoder, tiny_loss
 
 from largebatch.batch import RankBatch, Texts
-from largebatch.config import DataConfig, SourceConfig, TrainConfig
+from largebatch.config import (
+    DataConfig,
+    HardwareConfig,
+    PoolingConfig,
+    SourceConfig,
+    TemperatureConfig,
+    TrainConfig,
+)
 from largebatch.errors import UserError
-from largebatch.gradcache import GradCache
+from largebatch.gradcache import GradCache, StepReport
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import ReplicatedModel
+from largebatch.train.build import build_loss
+from largebatch.train.checkpoint import checkpoint_path
 from largebatch.train.metrics import StepMeter
-from largebatch.train.step import train_step
+from largebatch.train.step import StepResult, train_step
 from largebatch.world import part_of_rank
 
 CPU = torch.device("cpu")
@@ -158,3 +168,42 @@ def test_a_loss_that_is_not_finite_names_step_and_ranks(size, logged_every):
         )
         assert "lower optim.lr" in message
         assert "\n" not in message
+
+
+def told_of(folder, *, step=3, finite=True, **options):
+    """Return what is told of an infinite loss after a step: the cause, the cure."""
+    config = replace(CONFIG, output_dir=str(folder), **options)
+    meter = StepMeter(CPU, Collectives(), config, 0.0)
+    infinite, no_texts = torch.tensor(torch.inf), Texts.from_lists([])
+    report = StepReport(infinite, torch.tensor(1.0), torch.tensor(finite), 0, 0, 0, 0, 4.0)
+    batch = RankBatch(step, [], no_texts, no_texts, no_texts, 0, num_holes=0)
+    meter.add(batch, StepResult(report, torch.tensor(1.0), 0.1))
+    parts = Parts()
+    with pytest.raises(UserError, match="is not finite") as caught:
+        meter.read(step, parts.strategy, build_loss(config))
+    return str(caught.value).partition("); ")[2]
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_cause(tmp_path):
+    low = TemperatureConfig(value=1e-40)
+    expected = "temperature.value=1e-40 is too low; raise it, for example to 0.05"
+    assert told_of(tmp_path, temperature=low) == expected
+    low = TemperatureConfig(value=1e-30, min=1e-30, learned=True)
+    assert "come down to 1e-30; raise temperature.min=1e-30" in told_of(tmp_path, temperature=low)
+    long = PoolingConfig(normalize=False)
+    assert "set pooling.normalize=true" in told_of(tmp_path, pooling=long)
+    assert told_of(tmp_path, pooling=long, finite=False) == "lower optim.lr"
+    half = HardwareConfig(precision="bf16")
+    told = told_of(tmp_path, hardware=half)
+    assert told == "lower optim.lr, or use hardware.precision=float32"
+    told = told_of(tmp_path, step=1, finite=False)
+    assert told == "no step was taken before, so look at the weights that the run began with"
+
+
+def test_a_checkpoint_is_named_only_if_it_is_there(tmp_path):
+    assert "checkpoint" not in told_of(tmp_path)
+    for step in (1, 2, 3):
+        folder = checkpoint_path(tmp_path / "checkpoints", step)
+        folder.mkdir(parents=True)
+        (folder / "state.json").touch()
+    assert "; the checkpoint of step 2 is from before it" in told_of(tmp_path)
