@@ -5,6 +5,7 @@ created or changed on its behalf. All of its complaints become one-line UserErro
 """
 
 import dataclasses
+import logging
 import re
 import typing
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from largebatch.commands.assign import assign
 from largebatch.commands.flags import INFOS, Line
-from largebatch.commands.options import find_option
+from largebatch.commands.options import describe_value, find_option
 from largebatch.commands.overrides import check, names_code
 from largebatch.commands.presets import Presets
 from largebatch.errors import UserError
@@ -83,6 +84,7 @@ def _show_info(presets: Presets, overrides: Sequence[str], info: str) -> None:
         if part == "config":  # Hydra would not know of what is set in its config
             print(OmegaConf.to_yaml(config), end="")
         else:
+            logging.getLogger().handlers.clear()  # Hydra adds one for each part
             engine.show_info(part, presets.command.primary_config, choices)
 
 
@@ -142,10 +144,14 @@ def _explain(config_class: type[Any], error: HydraException) -> str:
     where, reason = first.partition(": ")[0], " ".join(line.strip() for line in others[:1])
     if key := re.search(r"full_key: (\S+)", str(error)):
         try:
-            find_option(config_class, key[1])
+            annotation = find_option(config_class, key[1]).annotation
         except UserError as unknown:
             reason = str(unknown)
         else:
+            if "is not a ListConfig" in reason or "is not a DictConfig" in reason:
+                reason = f"it must be {describe_value(annotation)}"
+            elif re.match(r"Key .* is incompatible with \(str\)", reason):
+                reason = "put quotes around a name that reads as a number, true, false or null"
             reason = f"{key[1]}: {reason}"
     return f"{where}: {reason}" if reason else first
 

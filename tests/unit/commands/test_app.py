@@ -186,6 +186,11 @@ def test_presets_of_the_users_own_are_found_and_checked(capsys, trained, tmp_pat
     preset.write_text("# @package _global_\noptim: {lr: fast}\n")
     line = error_of(capsys, "train", "mine", "-cd", "own")
     assert line.startswith("In 'experiment/mine': optim.lr: Value 'fast'")
+    preset.write_text("# @package _global_\ndata: {sources: {a: {urls: x}}}\n")
+    line = error_of(capsys, "train", "mine", "-cd", "own")
+    assert line == "In 'experiment/mine': data.sources.a.urls: it must be a list, such as [a, b]"
+    preset.write_text("# @package _global_\neval: {dev: {2024: x}}\n")
+    assert "eval.dev.2024: put quotes around" in error_of(capsys, "train", "mine", "-cd", "own")
     preset.write_text("# @package _global_\nbackbone: {config: {_target_: os.system}}\n")
     assert "_target_ is refused" in error_of(capsys, "train", "mine", "-cd", "own")
 
@@ -319,6 +324,10 @@ def test_cfg_shows_the_config(capsys):
     assert "sweeper" in capsys.readouterr().out
     assert app.main(["train", "quickstart", "--info", "defaults"]) == 0
     assert "experiment/quickstart" in capsys.readouterr().out
+    assert app.main(["train", "quickstart", "--info", "all", "name=x"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("Defaults List") == 1
+    assert "name: x\n" in out
 
 
 def test_help_lists_every_option_with_type_value_and_meaning(capsys):
