@@ -138,6 +138,8 @@ class _Value:
         if value is None or value == "":
             raise _wrong(annotation, value, key)
         (of_element,) = typing.get_args(annotation)
+        if isinstance(value, dict) and not dataclasses.is_dataclass(of_element):
+            raise _wrong(annotation, value, key)
         node[name] = []
         for number, element in enumerate(value if isinstance(value, list) else [value]):
             of_key = f"{key}[{number}]" if isinstance(value, list) else key

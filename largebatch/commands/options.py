@@ -130,7 +130,8 @@ def describe_value(annotation: Any) -> str:
     """Say in words what values a type allows, to end the sentence "it must be ..."."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         inner = [a for a in typing.get_args(annotation) if a is not type(None)]
-        return " or ".join([*map(describe_value, inner), "null"])
+        null = ["null"] if type(None) in typing.get_args(annotation) else []
+        return " or ".join([*map(describe_value, inner), *null])
     if typing.get_origin(annotation) is list:
         (element,) = typing.get_args(annotation)
         if dataclasses.is_dataclass(element):

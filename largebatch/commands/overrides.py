@@ -33,7 +33,10 @@ def expand_preset(presets: Presets, overrides: Sequence[str]) -> list[str]:
     if hint := _as_option(command.config_class, word):
         raise UserError(f"{word!r} is not option=value{hint}")
     if not choices:
-        raise UserError(f"{word!r} is not option=value, and {command.name} has no presets")
+        raise UserError(
+            f"{word!r} is not option=value, and {command.name} has no presets; for example: "
+            f"largebatch {command.name} {command.examples[0]}"
+        )
     for name in word.split(","):
         if name not in choices:
             raise UserError(f"{name!r} is not a preset of {command.name}{_allowed(name, choices)}")

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from largebatch.errors import UserError
 
@@ -49,6 +49,11 @@ class Faults:
         """Note a number outside [0, 1]."""
         if not 0 <= value <= 1:
             self.found.append(f"{option}={value} must lie between 0 and 1")
+
+    def folders(self, option: str, folders: Mapping[str, str]) -> None:
+        """Note each entry of a mapping that names no folder."""
+        for name, folder in folders.items():
+            self.check(bool(folder), f"{option}.{name} is empty; name a folder")
 
     def check(self, holds: bool, message: str) -> None:
         """Note a message unless something holds."""

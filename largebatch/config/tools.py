@@ -164,7 +164,11 @@ class DedupConfig:
             bool(self.sources), "sources is empty; name folders, for example sources.mine=shards"
         )
         for name, folders in self.sources.items():
-            faults.check(bool(folders), f"sources.{name} is empty; name a folder with shards")
+            faults.check(
+                bool(folders) and all(folders),
+                f"sources.{name} is empty; name a folder with shards",
+            )
+        faults.folders("evaluation_sets", self.evaluation_sets)
         faults.check(
             0 < self.threshold <= 1, f"threshold={self.threshold} must be above 0 and at most 1"
         )
@@ -202,6 +206,7 @@ class EvaluateConfig:
             bool(self.model), "model is empty; name a folder, for example model=runs/x/model"
         )
         faults.check(bool(self.sets), "sets is empty; for example sets.test=data/code/test")
+        faults.folders("sets", self.sets)
         faults.at_least("batch_tokens", self.batch_tokens, 1)
         faults.one_of("device", self.device, DEVICES)
         faults.finish()

@@ -179,6 +179,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         faults = Faults()
+        faults.folders("eval.dev", self.dev)
+        faults.folders("eval.test", self.test)
         faults.at_least("eval.every_steps", self.every_steps, 0)
         faults.at_least("eval.batch_tokens", self.batch_tokens, 1)
         faults.finish()
@@ -322,5 +324,8 @@ class TrainConfig:
                 )
         for name, source in self.data.sources.items():
             key = f"data.sources.{name}.urls"
-            faults.check(bool(source.urls), f"{key} is empty; name its shards: {key}=[shards/]")
+            faults.check(
+                bool(source.urls) and all(source.urls),
+                f"{key} is empty; name its shards: {key}=[shards/]",
+            )
         faults.finish()
