@@ -7,4 +7,6 @@ import torch
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The GPU; the CPU where a test stands in for itself."""
-    return torch.device("cuda", 0) if request.config.option.markexpr == "gpu" else torch.device("cpu")
+    return (
+        torch.device("cuda", 0) if request.config.option.markexpr == "gpu" else torch.device("cpu")
+    )

@@ -30,9 +30,7 @@ def main(device_name: str, name: str) -> None:
     world = world_from_environment()
     device = choose_device(device_name, world)
     config = config_of(name)
-    _, expected = full_batch_gradient(
-        tiny_encoder(), tiny_loss(symmetric=True), QUERIES, DOCUMENTS
-    )
+    _, expected = full_batch_gradient(tiny_encoder(), tiny_loss(symmetric=True), QUERIES, DOCUMENTS)
     with process_group(world, device, config):
         collectives = Collectives()
         check_gather(collectives, device)

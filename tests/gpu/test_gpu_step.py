@@ -116,7 +116,9 @@ def test_peak_memory_does_not_grow_with_the_batch(device):
     for number in (1024, 8192):
         encoder = tiny_encoder(dtype=torch.float32, packing="off").to(device)
         step = GradCache(
-            encoder, tiny_loss(symmetric=True, dtype=torch.float32).to(device), tokens_per_chunk=8192
+            encoder,
+            tiny_loss(symmetric=True, dtype=torch.float32).to(device),
+            tokens_per_chunk=8192,
         )
         texts = [random_texts(number, longest=40, seed=seed) for seed in (1, 2)]
         step(*texts)
@@ -144,9 +146,12 @@ def test_compiled_layers(device, keep):
     for encoder in (eager, compiled):
         loss = tiny_loss(symmetric=False, dtype=torch.float32).to(device)
         GradCache(encoder, loss, tokens_per_chunk=256, keep=keep)(*texts)
-        found.append({
-            name.replace("_orig_mod.", ""): g.cpu() for name, g in gradients(encoder, loss).items()
-        })
+        found.append(
+            {
+                name.replace("_orig_mod.", ""): g.cpu()
+                for name, g in gradients(encoder, loss).items()
+            }
+        )
     assert relative_error(found[1], found[0]) < 1e-4
 
 

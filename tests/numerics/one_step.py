@@ -25,11 +25,14 @@ class Step:
         keep: str = "none",
         symmetric: bool = True,
         dropout: float = 0.1,
+        packing: str = "off",
         negatives: bool = False,
         autocast: torch.dtype | None = None,
         **settings: object,
     ) -> None:
-        self.encoder = tiny_encoder(dropout=dropout, dtype=torch.float32, **settings).to(device)
+        self.encoder = tiny_encoder(
+            dropout=dropout, dtype=torch.float32, packing=packing, **settings
+        ).to(device)
         self.encoder.autocast_dtype = autocast
         self.loss = tiny_loss(symmetric=symmetric, dtype=torch.float32).to(device)
         collectives = Collectives()

@@ -42,15 +42,26 @@ def meta_step(way, **options):
 def check(step):
     for report in (step(), step()):  # the second finds buffers and the optimizer's state
         assert report.loss.device == report.accuracy.device == META
-        assert report.num_chunks > 2
+        assert report.num_chunks > 1
         assert (report.num_padded_tokens > report.num_encoded_tokens) == (
             step.encoder.packing == "off"
         )
 
 
 @pytest.mark.usefixtures("_packable")
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("keep", ["none", "layers", "products", "all"])
+@pytest.mark.parametrize(
+    ("keep", "way"),
+    [
+        ("none", "mean"),
+        ("none", "last, packed"),
+        ("layers", "cls"),
+        ("layers", "mean, packed"),
+        ("products", "weighted"),
+        ("products", "cls, packed"),
+        ("all", "cls"),
+        ("all", "mean, packed"),
+    ],
+)
 def test_a_step(keep, way):
     check(meta_step(way, keep=keep))
 
@@ -60,7 +71,7 @@ def test_layers_that_run_again_in_the_backward_pass():
 
 
 def step_of_rank(way):
-    """Take a step whose hosts exchange numbers, while the devices' tensors, which have none, stay."""
+    """Take a step whose hosts exchange numbers; its devices' tensors, which have none, stay."""
 
     def skipping(collective):
         def on_device(*tensors, async_op=False, **options):
