@@ -8,7 +8,7 @@ SETUP := PYTHON="$(PYTHON)" launch/setup.sh
 SETUP_FILES := pyproject.toml launch/setup.sh launch/constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check lint format wheel clean
+.PHONY: help quickstart test check lint format gpu wheel clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -33,6 +33,10 @@ lint: .venv/.ready-dev ## Check format, lint, types, spelling and shell scripts
 format: .venv/.ready-dev ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+gpu: .venv/.ready-dev ## On a machine with a GPU: its tests, the bench, the peers; writes a page of results
+	test -d data/code/train || $(BIN)/largebatch pairs code
+	$(BIN)/python benchmarks/gpu.py
 
 wheel: .venv/.ready-dev ## Build dist/*.whl
 	rm -rf build

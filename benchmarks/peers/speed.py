@@ -39,7 +39,9 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=Path, required=True, help="a .jsonl.zst, or their folder")
     parser.add_argument("--batch", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--model", default="quickstart", help="quickstart or minilm")
+    parser.add_argument(
+        "--model", default="quickstart", help="quickstart, bert-base, minilm or a model folder"
+    )
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16"])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2)

