@@ -29,7 +29,7 @@ from largebatch.model.attention import (
 )
 from largebatch.model.compiled import checkpoint_layers as checkpoint_layers_of
 from largebatch.model.compiled import compile_layers, is_compiled, plain_shape
-from largebatch.model.finite import check_embeddings, check_weights
+from largebatch.model.finite import check_embeddings, check_weights, damaged_weight
 from largebatch.model.last_layer import ONE_TOKEN_POOLINGS, pooled_tokens, prepare_last_layer
 from largebatch.model.pooling import POOLING, pool_chunk
 from largebatch.model.positions import check_fit, first_position, length_multiple
@@ -431,9 +431,15 @@ class Encoder(nn.Module):
         return out
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that `SentenceTransformer(folder)` and `from_pretrained` load."""
+        """Write a folder that `SentenceTransformer(folder)` and `from_pretrained` load.
+
+        Weights that are not finite are told in a warning; `from_pretrained` refuses them.
+        """
         from largebatch.model.export import save_sentence_transformer
 
+        damaged = damaged_weight(self)
+        if damaged is not None:
+            log.warning("%s: the weight %s has values that are not finite", folder, damaged)
         save_sentence_transformer(self, Path(folder))
 
     def _is_worth_packing(self, texts: Texts, plan: list[Rows]) -> bool:

@@ -11,26 +11,33 @@ from torch import nn
 from largebatch.errors import UserError
 
 
-def check_weights(module: nn.Module, name: str) -> None:
+def damaged_weight(module: nn.Module) -> str | None:
+    """Return the name of the first weight with values that are not finite; None: there is none."""
+    for name, weight in module.named_parameters():
+        if weight.is_floating_point() and weight.numel():
+            # Both extremes are NaN where any value is; nothing as large as the weight is made.
+            extremes = torch.stack(torch.aminmax(weight.detach()))
+            if not extremes.isfinite().all():
+                return name
+    return None
+
+
+def check_weights(module: nn.Module, where: str) -> None:
     """Check that all weights are finite.
 
     Args:
         module: Its weights are looked at, in place.
-        name: Where they come from, for the message.
+        where: Where they come from, for the message.
 
     Raises:
         UserError: One is NaN or infinite.
     """
-    for weight_name, weight in module.named_parameters():
-        if not (weight.is_floating_point() and weight.numel()):
-            continue
-        # Both extremes are NaN where any value is; nothing as large as the weight is made.
-        extremes = torch.stack(torch.aminmax(weight.detach()))
-        if not extremes.isfinite().all():
-            raise UserError(
-                f"{name}: the weight {weight_name} has values that are not finite; the file is "
-                "damaged, or the training diverged: take another model or checkpoint"
-            )
+    name = damaged_weight(module)
+    if name is not None:
+        raise UserError(
+            f"{where}: the weight {name} has values that are not finite; the file is damaged, or "
+            "the training diverged: take another model or checkpoint"
+        )
 
 
 def check_embeddings(

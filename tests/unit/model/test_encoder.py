@@ -108,10 +108,13 @@ def test_an_embedding_that_says_nothing_is_refused(monkeypatch, value, what, nor
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
-def test_a_folder_whose_weights_are_damaged_is_refused(tmp_path, value):
+def test_a_folder_whose_weights_are_damaged_is_refused(tmp_path, value, caplog):
     model = encoder()
+    model.save_pretrained(tmp_path / "model")
+    assert caplog.messages == []
     model.backbone.embeddings.LayerNorm.weight.data[3] = value
     model.save_pretrained(tmp_path / "model")
+    assert "the weight backbone.embeddings.LayerNorm.weight has values that" in caplog.text
     with pytest.raises(UserError) as caught:
         Encoder.from_pretrained(tmp_path / "model")
     assert str(caught.value).startswith(
