@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from largebatch.errors import UserError
 from largebatch.evaluate.beir import RetrievalSet
 from largebatch.parallel.collectives import Collectives
 from largebatch.world import part_of_rank
@@ -78,7 +79,14 @@ def evaluate_encoder(
             tokens_per_chunk=tokens_per_chunk,
             progress=progress,
         ):
-            search.add(embeddings_md, first)
+            try:
+                search.add(embeddings_md, first)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"{encoder.device} has too little memory to search {retrieval_set.name} for "
+                    f"{len(queries_qd)} queries; score the exported model by largebatch evaluate, "
+                    "on the CPU if need be (device=cpu)"
+                ) from error
             first += len(embeddings_md)
         return search.best_qk
 

@@ -224,7 +224,7 @@ class Collectives:
         if self.world.size == 1:
             return [value]
         values: list[Any] = [None] * self.world.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._hosts)
         return values
 
 

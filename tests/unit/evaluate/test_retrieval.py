@@ -287,6 +287,15 @@ def test_an_error_on_one_rank_ends_all(side, error):
     assert run_ranks(fail, 3) == [others, own, others]
 
 
+def test_a_search_that_does_not_fit_the_device_is_told(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(retrieval, "_merge", full)
+    with pytest.raises(UserError, match="cpu has too little memory to search letters for 2 quer"):
+        evaluate_encoder(BagOfLetters(), LETTERS)
+
+
 def test_no_more_than_a_slice_of_documents_is_held():
     alive, most = weakref.WeakSet(), []
 
