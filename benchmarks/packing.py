@@ -88,7 +88,7 @@ def measure(
         chunks = encoder.make_chunks(texts, budget)[1]
         if name == "to 8":
             plan = plan_chunks(texts.lengths, budget, multiple=8)
-            chunks = pad_chunks(texts, plan, pad_id=0, device=encoder.device, multiple=8)
+            chunks = [*pad_chunks(texts, plan, pad_id=0, device=encoder.device, multiple=8)]
         padded = sum(chunk.num_tokens for chunk in chunks)
         # Evenly spread chunks, so that a pass over a large batch is short.
         every = max(1, -(-padded // most_tokens))

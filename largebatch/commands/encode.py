@@ -18,14 +18,22 @@ def run(config: EncodeConfig) -> None:
     texts = [text for path in config.input for text in read_texts(Path(path), field=config.field)]
     output = writable(Path(config.output), option="output")
     encoder = load_encoder(config.model, device=config.device)
-    embeddings = encoder.encode(
+    shape = (len(texts), encoder.embedding_width)
+    parts = encoder.embed(
         texts, side=config.side, tokens_per_chunk=config.batch_tokens, progress=True
     )
     aside = output.with_name(f"{output.name}.partial")
-    with aside.open("wb") as file:
-        np.save(file, embeddings, allow_pickle=False)
-    aside.replace(output)
-    print(f"{output}: {embeddings.dtype} {list(embeddings.shape)}, a {config.side} a row")
+    try:
+        with aside.open("wb") as file:
+            # What np.save writes, without the whole matrix in memory.
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                file.write(part.astype("<f4", copy=False).data)
+        aside.replace(output)
+    finally:
+        aside.unlink(missing_ok=True)
+    print(f"{output}: float32 {list(shape)}, a {config.side} a row")
 
 
 def read_texts(path: Path, *, field: str) -> list[str]:

@@ -14,10 +14,12 @@ def run(config: ExportConfig) -> None:
 
     # Importing transformers takes seconds; a missing run is told at once.
     from largebatch.model.encoder import Encoder
+    from largebatch.model.finite import check_weights
     from largebatch.train.checkpoint import load_encoder_weights
 
     encoder = Encoder.from_settings(folder / "backbone")
     load_encoder_weights(checkpoints, step, encoder)
+    check_weights(encoder, f"{checkpoints}, step {step}")
     output = Path(config.output_dir) if config.output_dir is not None else folder / "model"
     encoder.save_pretrained(output)
     print(f"{output}: the model after {step} steps")

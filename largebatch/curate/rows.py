@@ -240,7 +240,8 @@ def _beir_rows(path: str, split: str) -> Iterator[Row]:
     retrieval_set = load_retrieval_set(Path(path), split=split)
     for query_id, judgments in retrieval_set.qrels.items():
         for document_id, relevance in judgments.items():
-            if relevance > 0:
+            # Judgments may name documents that the corpus lacks: the set's reader told.
+            if relevance > 0 and document_id in retrieval_set.corpus:
                 pair_id = f"{query_id}:{document_id}"
                 yield Row(
                     f"{path}, query {query_id!r}, document {document_id!r}",

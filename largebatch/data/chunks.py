@@ -1,6 +1,6 @@
 """Chunks: texts sorted by length and cut by a token budget, padded or packed without padding."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,13 +62,14 @@ def plan_chunks(
 
 def pad_chunks(
     texts: Texts, plan: Sequence[Rows], *, pad_id: int, device: torch.device, multiple: int = 1
-) -> list[Chunk]:
-    """Return the chunks of a plan, each padded on the right to its longest text.
+) -> Iterator[Chunk]:
+    """Make the chunks of a plan one by one, each padded on the right to its longest text.
 
     The length is rounded up to a multiple of `multiple`.
     """
     starts = _starts(texts)
-    return [_pad(texts, starts, rows, pad_id, device, multiple) for rows in plan]
+    for rows in plan:
+        yield _pad(texts, starts, rows, pad_id, device, multiple)
 
 
 def pack_chunks(
@@ -78,8 +79,8 @@ def pack_chunks(
     pad_id: int,
     device: torch.device,
     first_position: int = 0,
-) -> list[Chunk]:
-    """Return the chunks of a plan, each as one row without padding.
+) -> Iterator[Chunk]:
+    """Make the chunks of a plan one by one, each as one row without padding.
 
     Args:
         texts: All texts.
@@ -90,7 +91,8 @@ def pack_chunks(
             padding index).
     """
     starts = _starts(texts)
-    return [_pack(texts, starts, rows, pad_id, device, first_position) for rows in plan]
+    for rows in plan:
+        yield _pack(texts, starts, rows, pad_id, device, first_position)
 
 
 def distinct_texts(texts: Texts, num_pairs: int) -> DistinctTexts:

@@ -6,13 +6,16 @@ there are read as they are. Every file may be gzipped (corpus.jsonl.gz).
 
 import gzip
 import json
+import logging
 import reprlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from largebatch.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class RetrievalSet(NamedTuple):
@@ -25,13 +28,18 @@ class RetrievalSet(NamedTuple):
     queries: dict[str, str]
     """Text of each query, by id; also of queries that this split does not judge."""
     qrels: dict[str, dict[str, int]]
-    """Relevance of documents, by query id and document id. 0 is judged and not relevant."""
+    """Relevance of documents, by query id and document id. 0 and less is judged and not relevant.
+    It may name documents that the corpus lacks: they count as never found."""
 
 
 def load_retrieval_set(
     folder: Path, *, split: str = "test", name: str | None = None
 ) -> RetrievalSet:
     """Read a retrieval set and check that it is whole.
+
+    Published sets are read as BEIR reads them, and what is odd in them is told in one warning each:
+    judged documents that the corpus lacks stay in the judgments (they can't be found), judgments of
+    queries that are not there are left out, as is an id's second line that says the same.
 
     Args:
         folder: Holds corpus.jsonl (`_id`, `text`, optionally `title`), queries.jsonl (`_id`,
@@ -41,8 +49,8 @@ def load_retrieval_set(
         name: What to call the set; its folder's name if None.
 
     Raises:
-        UserError: A file is missing, empty or malformed (the line is named), an id occurs twice, or
-            the judgments name a query or document that is not there.
+        UserError: A file is missing, empty or malformed (the line is named), an id has two texts,
+            or most of the queries or documents that the judgments name are not there.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -53,10 +61,22 @@ def load_retrieval_set(
     qrels_file = _qrels_file(folder, split)
     corpus = _read_texts(_existing(folder / "corpus.jsonl"))
     queries = _read_texts(_existing(folder / "queries.jsonl"))
-    qrels = _read_qrels(qrels_file)
-    _check_known(qrels_file, "queries", "queries.jsonl", qrels, queries)
-    judged = dict.fromkeys(document for judgments in qrels.values() for document in judgments)
-    _check_known(qrels_file, "documents", "corpus.jsonl", judged, corpus)
+    qrels = _read_qrels(qrels_file, queries)
+    absent = _few_unknown(qrels_file, "queries", "queries.jsonl", qrels, queries)
+    if absent is not None:
+        log.warning("%s; their judgments are left out", absent)
+        qrels = {query: judgments for query, judgments in qrels.items() if query in queries}
+    absent = _few_unknown(qrels_file, "documents", "corpus.jsonl", _judged(qrels), corpus)
+    if absent is not None:
+        log.warning("%s; they count as not found", absent)
+    fruitless = sum(max(judgments.values()) <= 0 for judgments in qrels.values())
+    if fruitless:
+        log.warning(
+            "%s: %d of %d queries have no relevant document; they count as 0",
+            qrels_file,
+            fruitless,
+            len(qrels),
+        )
     return RetrievalSet(name or folder.resolve().name, corpus, queries, qrels)
 
 
@@ -78,14 +98,20 @@ def save_retrieval_set(retrieval_set: RetrievalSet, folder: Path, *, split: str 
     ):
         if not ids:
             raise UserError(f"retrieval set {retrieval_set.name} has no {what}; nothing is written")
-    _check_known(qrels_file, "queries", "queries.jsonl", retrieval_set.qrels, retrieval_set.queries)
     judgments = [
         (query, document, score)
         for query, scores in retrieval_set.qrels.items()
         for document, score in scores.items()
     ]
-    judged = dict.fromkeys(document for _, document, _ in judgments)
-    _check_known(qrels_file, "documents", "corpus.jsonl", judged, retrieval_set.corpus)
+    judged = _judged(retrieval_set.qrels)
+    for unknown in (
+        _unknown(
+            qrels_file, "queries", "queries.jsonl", retrieval_set.qrels, retrieval_set.queries
+        ),
+        _unknown(qrels_file, "documents", "corpus.jsonl", judged, retrieval_set.corpus),
+    ):
+        if unknown is not None:
+            raise UserError(f"{unknown.told}; nothing is written")
     for text_id in (*retrieval_set.qrels, *judged):
         if len(f"{text_id}.".splitlines()) != 1 or "\t" in text_id or text_id != text_id.strip():
             raise UserError(
@@ -211,6 +237,7 @@ def _qrels_file(folder: Path, split: str) -> Path:
 def _read_texts(path: Path) -> dict[str, str]:
     """Read a jsonl file of `_id`, `text` and optionally `title`."""
     texts: dict[str, str] = {}
+    repeated: list[str] = []
     for where, record in json_objects(path):
         text_id = record.get("_id")
         # True and False are ints to Python, and no ids.
@@ -220,46 +247,60 @@ def _read_texts(path: Path) -> dict[str, str]:
             raise UserError(
                 f"{where}: _id is {reprlib.repr(text_id)}; it must be a string and not empty"
             )
-        if text_id in texts:
-            raise UserError(f"{where}: _id {text_id!r} occurs twice; ids must be unique")
         text = text_of(record, "text", where=where)
         title = text_of(record, "title", where=where) if record.get("title") else ""
-        texts[text_id] = f"{title} {text}" if title else text
+        whole = f"{title} {text}" if title and text else title or text
+        if text_id in texts:
+            if texts[text_id] != whole:
+                raise UserError(
+                    f"{where}: _id {text_id!r} occurs twice, with different texts; keep one of them"
+                )
+            repeated.append(text_id)
+        texts[text_id] = whole
     if not texts:
         raise UserError(f"{path} is empty; it needs one JSON object with _id and text a line")
+    if repeated:
+        log.warning(
+            "%s: %d lines repeat an id and its text (%s)", path, len(repeated), _examples(repeated)
+        )
     return texts
 
 
-def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
-    """Read judgments: three columns with or without a header, or TREC's four."""
+def _read_qrels(path: Path, queries: dict[str, str]) -> dict[str, dict[str, int]]:
+    """Read judgments: three columns with or without a header, or TREC's four.
+
+    A header is a first line whose score is no number, and whose query is none of `queries`.
+    """
     qrels: dict[str, dict[str, int]] = {}
     is_first = True
     for number, line in numbered_lines(path):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         may_be_header, is_first = is_first, False
         # TREC files are separated by spaces; ids in BEIR's may hold some.
-        columns = line.split("\t") if "\t" in line else line.split()
+        columns = line.rstrip().split("\t") if "\t" in line.rstrip() else line.split()
         columns = [column.strip() for column in columns]
-        if len(columns) not in (3, 4):
+        if len(columns) not in (3, 4) or not all(columns):
             raise UserError(
-                f"{path}, line {number}: {len(columns)} columns; it needs query-id, corpus-id and "
-                "score, separated by tabs (or TREC's query, 0, document, score)"
+                f"{where}: {len(columns)} columns, {columns.count('')} of them empty; it needs "
+                "query-id, corpus-id and score, separated by tabs (or TREC's query, 0, document, "
+                "score)"
             )
         query, document, score = columns[0], columns[-2], columns[-1]
-        try:
-            relevance = int(score)
-        except ValueError as error:
-            if may_be_header:
-                continue
+        if may_be_header and query not in queries and not _is_number(score):
+            continue
+        if len(columns) == 4 and columns[1].upper() != "Q0" and not _is_number(columns[1]):
             raise UserError(
-                f"{path}, line {number}: the score {score!r} is not a whole number"
-            ) from error
+                f"{where}: four columns, the second of which is {columns[1]!r} and not TREC's 0; "
+                "keep query-id, corpus-id and score"
+            )
+        relevance = _relevance(score, where=where)
         judgments = qrels.setdefault(query, {})
         if judgments.get(document, relevance) != relevance:
             raise UserError(
-                f"{path}, line {number}: document {document!r} is judged {judgments[document]} and "
-                f"{relevance} for query {query!r}; keep one of them"
+                f"{where}: document {document!r} is judged {judgments[document]} and {relevance} "
+                f"for query {query!r}; keep one of them"
             )
         judgments[document] = relevance
     if not qrels:
@@ -267,14 +308,60 @@ def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
     return qrels
 
 
-def _check_known(
-    qrels_file: Path, what: str, file_name: str, named: Iterable[str], known: dict[str, str]
-) -> None:
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _relevance(score: str, *, where: str) -> int:
+    """Return a score that is a whole number, written as 1 or 1.0."""
+    if _is_number(score) and float(score).is_integer():
+        return int(float(score))
+    raise UserError(f"{where}: the score {score!r} is not a whole number")
+
+
+def _judged(qrels: dict[str, dict[str, int]]) -> dict[str, None]:
+    """Return the ids of the documents that judgments name, each once."""
+    return dict.fromkeys(document for judgments in qrels.values() for document in judgments)
+
+
+def _few_unknown(
+    qrels_file: Path, what: str, file_name: str, named: Collection[str], known: dict[str, str]
+) -> str | None:
+    """Return `_unknown`'s words.
+
+    Raises:
+        UserError: More than half of the ids are unknown.
+    """
+    unknown = _unknown(qrels_file, what, file_name, named, known)
+    if unknown is None:
+        return None
+    if 2 * unknown.number > len(named):
+        raise UserError(f"{unknown.told}; the files do not belong together, or one of them is cut")
+    return unknown.told
+
+
+class _Unknown(NamedTuple):
+    number: int
+    told: str
+
+
+def _unknown(
+    qrels_file: Path, what: str, file_name: str, named: Collection[str], known: dict[str, str]
+) -> _Unknown | None:
+    """Return how many of the named ids are unknown, and that in words; None: all are known."""
     unknown = [text_id for text_id in named if text_id not in known]
-    if unknown:
-        examples = ", ".join(repr(text_id) for text_id in unknown[:3])
-        more = ", ..." if len(unknown) > 3 else ""
-        raise UserError(
-            f"{qrels_file} names {len(unknown)} {what} that are not in {file_name} "
-            f"({examples}{more}); the files do not belong together, or one of them is cut"
-        )
+    if not unknown:
+        return None
+    return _Unknown(
+        len(unknown),
+        f"{qrels_file} names {len(unknown)} {what} that are not in {file_name} "
+        f"({_examples(unknown)}), of {len(named)}",
+    )
+
+
+def _examples(ids: list[str]) -> str:
+    return ", ".join(map(repr, ids[:3])) + (", ..." if len(ids) > 3 else "")

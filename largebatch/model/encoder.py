@@ -4,8 +4,9 @@ Shapes: n texts, L tokens, H hidden width, d embedding width.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from largebatch.model.attention import (
 )
 from largebatch.model.compiled import checkpoint_layers as checkpoint_layers_of
 from largebatch.model.compiled import compile_layers, is_compiled, plain_shape
+from largebatch.model.finite import check_embeddings, check_weights, damaged_weight
 from largebatch.model.last_layer import ONE_TOKEN_POOLINGS, pooled_tokens, prepare_last_layer
 from largebatch.model.pooling import POOLING, pool_chunk
 from largebatch.model.positions import check_fit, first_position, length_multiple
@@ -41,11 +43,20 @@ from largebatch.model.pretrained import (
     read_settings,
     tokenizer_of,
 )
+from largebatch.transfer import wait_for
 
 log = logging.getLogger(__name__)
 
 WORTH_PACKING = 0.1
 """Share of padding above which packing pays on a CPU; measured by benchmarks/packing.py."""
+
+SLICE_BYTES = 2**27
+"""Most bytes of embeddings that `embed` gives at once: enough texts that sorting them by length
+leaves almost no padding."""
+SLICE_TOKENS = 2**23
+"""Tokens that end a slice of texts, however few they are."""
+TEXTS_PER_CALL = 4096
+"""Texts that the tokenizer gets at once: it takes some 100 bytes a token while it works."""
 
 
 class Encoder(nn.Module):
@@ -147,8 +158,8 @@ class Encoder(nn.Module):
         `how` is packing, compile and checkpoint_layers, as in the constructor.
 
         Raises:
-            UserError: There is no such model, it has no safetensors, or its modules are more than
-                a transformer, a pooling and a normalization.
+            UserError: There is no such model, it has no safetensors, a weight is not finite, or its
+                modules are more than a transformer, a pooling and a normalization.
         """
         name = str(path_or_name)
         check_model_folder(name)
@@ -163,7 +174,9 @@ class Encoder(nn.Module):
         )
         own_tokenizer = tokenizer_of(name, tokenizer)
         backbone = load_backbone(name, attention=attention)
-        return cls(backbone, own_tokenizer, **how, **settings)
+        encoder = cls(backbone, own_tokenizer, **how, **settings)
+        check_weights(encoder, name)
+        return encoder
 
     @classmethod
     def from_scratch(
@@ -234,6 +247,11 @@ class Encoder(nn.Module):
             texts: Any number of texts.
             tokens_per_chunk: Most tokens in a chunk, padding included.
         """
+        plan, chunks = self._cut(texts, tokens_per_chunk)
+        return plan, list(chunks)
+
+    def _cut(self, texts: Texts, tokens_per_chunk: int) -> tuple[list[Rows], Iterator[Chunk]]:
+        """Return what `make_chunks` does, each chunk made when its turn comes."""
         multiple = length_multiple(self.backbone, self.device, self.autocast_dtype)
         plan = plan_chunks(texts.lengths, tokens_per_chunk, multiple=multiple)
         if self.can_pack and (self.packing == "on" or self._is_worth_packing(texts, plan)):
@@ -296,7 +314,6 @@ class Encoder(nn.Module):
             max_tokens=self.text.max_tokens(side),
         )
 
-    @torch.no_grad()
     def encode(
         self,
         texts: Sequence[str],
@@ -308,32 +325,121 @@ class Encoder(nn.Module):
         """Return the embeddings of texts, float32 `[n, d]`, in their order.
 
         Args:
+            texts: Any number of texts. Where their embeddings are too many to hold, use `embed`.
+            side: query or document: whose prompt is put before each text.
+            tokens_per_chunk: Most padded tokens that go through the model at once.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            UserError: As `embed`.
+        """
+        if isinstance(texts, str):
+            raise UserError("encode takes a list of texts, not one string")
+        out = np.empty((len(texts), self.embedding_width), np.float32)
+        first = 0
+        for part in self.embed(
+            texts, side=side, tokens_per_chunk=tokens_per_chunk, progress=progress
+        ):
+            out[first : first + len(part)] = part
+            first += len(part)
+        return out
+
+    def embed(
+        self,
+        texts: Iterable[str],
+        *,
+        side: str = "document",
+        tokens_per_chunk: int = 16384,
+        progress: bool = False,
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield the embeddings of texts slice by slice, each float32 `[some, d]`, in their order.
+
+        Neither host nor device holds more than a slice (see `SLICE_BYTES`), so the texts may come
+        from a generator. Inside a slice they are sorted by length.
+
+        Args:
             texts: Any number of texts.
             side: query or document: whose prompt is put before each text.
             tokens_per_chunk: Most padded tokens that go through the model at once.
             progress: Whether to show a progress bar.
+
+        Raises:
+            UserError: An embedding is not finite, or all zeros though its text has tokens; or the
+                device has too little memory for a chunk.
         """
-        if isinstance(texts, str):
-            raise UserError("encode takes a list of texts, not one string")
-        tokens, _ = tokenize(
-            self.tokenizer,
-            texts,
-            prompt=self.text.prompt(side),
-            max_tokens=self.text.encode_max_tokens,
-        )
-        plan, chunks = self.make_chunks(tokens, tokens_per_chunk)
-        out = np.empty((tokens.num_texts, self.embedding_width), np.float32)
+        first = 0
+        total = len(texts) if isinstance(texts, Sized) else None
+        with _progress_bar(total) if progress else nullcontext(_no_progress) as advance:
+            for some, tokens in self._slices(texts, self.text.prompt(side)):
+                embeddings_nd = self._embed(tokens, tokens_per_chunk, advance)
+                check_embeddings(
+                    embeddings_nd,
+                    some,
+                    tokens.lengths,
+                    side=side,
+                    first=first,
+                    normalized=self.normalize,
+                )
+                yield embeddings_nd
+                first += len(some)
+
+    def _slices(self, texts: Iterable[str], prompt: str) -> Iterator[tuple[list[str], Texts]]:
+        """Yield slices of texts with their tokens."""
+        most = max(SLICE_BYTES // (4 * self.embedding_width), 1)
+        left = iter(texts)
+        some: list[str] = []
+        parts: list[Texts] = []
+        num_tokens = 0
+        while part := list(islice(left, min(TEXTS_PER_CALL, most - len(some)))):
+            tokens, _ = tokenize(
+                self.tokenizer, part, prompt=prompt, max_tokens=self.text.encode_max_tokens
+            )
+            some += part
+            parts.append(tokens)
+            num_tokens += len(tokens.tokens)
+            if len(some) == most or num_tokens >= SLICE_TOKENS:
+                yield some, Texts.concatenate(parts)
+                some, parts, num_tokens = [], [], 0
+        if some:
+            yield some, Texts.concatenate(parts)
+
+    @torch.no_grad()
+    def _embed(
+        self, texts: Texts, tokens_per_chunk: int, advance: Callable[[int], None]
+    ) -> npt.NDArray[np.float32]:
+        """Return the embeddings of some texts in eval mode, which the encoder then leaves."""
+        found: list[Tensor] = []
         was_training = self.training
         self.eval()
-        for rows, chunk in zip(_with_progress(plan) if progress else plan, chunks, strict=True):
-            out[rows] = self(chunk).float().cpu().numpy()
-        self.train(was_training)
+        try:
+            plan, chunks = self._cut(texts, tokens_per_chunk)
+            for rows, chunk in zip(plan, chunks, strict=True):
+                # Nobody waits for the device here, which works while the next chunk is made.
+                found.append(self(chunk).float().to("cpu", non_blocking=True))
+                advance(len(rows))
+            wait_for(self.device)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{self.device} has too little memory to encode {tokens_per_chunk} tokens at once; "
+                "lower tokens_per_chunk (batch_tokens of the commands, eval.batch_tokens of train)"
+            ) from error
+        finally:
+            self.train(was_training)
+        out = np.empty((texts.num_texts, self.embedding_width), np.float32)
+        for rows, embeddings_nd in zip(plan, found, strict=True):
+            out[rows] = embeddings_nd.numpy()
         return out
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that `SentenceTransformer(folder)` and `from_pretrained` load."""
+        """Write a folder that `SentenceTransformer(folder)` and `from_pretrained` load.
+
+        Weights that are not finite are told in a warning; `from_pretrained` refuses them.
+        """
         from largebatch.model.export import save_sentence_transformer
 
+        damaged = damaged_weight(self)
+        if damaged is not None:
+            log.warning("%s: the weight %s has values that are not finite", folder, damaged)
         save_sentence_transformer(self, Path(folder))
 
     def _is_worth_packing(self, texts: Texts, plan: list[Rows]) -> bool:
@@ -343,7 +449,14 @@ class Encoder(nn.Module):
         return padded > (1 + WORTH_PACKING) * int(texts.lengths.sum())
 
 
-def _with_progress(plan: list[Any]) -> Any:
-    from rich.progress import track
+@contextmanager
+def _progress_bar(total: int | None) -> Iterator[Callable[[int], None]]:
+    from rich.progress import Progress
 
-    return track(plan, description="encoding", total=len(plan))
+    with Progress() as bar:
+        task = bar.add_task("encoding", total=total)
+        yield lambda num_texts: bar.advance(task, num_texts)
+
+
+def _no_progress(num_texts: int) -> None:
+    pass

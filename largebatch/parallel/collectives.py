@@ -190,6 +190,30 @@ class Collectives:
             raise UserError(message)
         return cast(Result, result)
 
+    def all_succeed(self, action: Callable[[], Result]) -> Result:
+        """Run `action`, in which no ranks meet, on every rank; return what it gave on this one.
+
+        Raises:
+            UserError: On every rank, if the action raised it on one: all ranks fail together.
+            RuntimeError: On every rank but the one whose action raised another error, as it is.
+        """
+        error: Exception | None = None
+        try:
+            result = action()
+        except Exception as raised:
+            error = raised
+        if self.world.size > 1:
+            said = None if error is None else (type(error).__name__, str(error))
+            failures = [(n, *one) for n, one in enumerate(self.gather_objects(said)) if one]
+            if failures and (error is None or isinstance(error, UserError)):
+                rank, kind, message = failures[0]
+                if kind == UserError.__name__:
+                    raise UserError(message) from error
+                raise RuntimeError(f"rank {rank} failed: {kind}: {message}")
+        if error is not None:
+            raise error
+        return result
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world.size > 1:
@@ -200,7 +224,7 @@ class Collectives:
         if self.world.size == 1:
             return [value]
         values: list[Any] = [None] * self.world.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._hosts)
         return values
 
 

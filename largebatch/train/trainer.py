@@ -17,6 +17,7 @@ from largebatch.budget import KeepPlan
 from largebatch.config import TrainConfig
 from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
+from largebatch.model.finite import check_weights
 from largebatch.parallel.collectives import Collectives
 from largebatch.phases import phase
 from largebatch.train.build import build_encoder, build_step
@@ -221,6 +222,7 @@ class _Run:
             "before": _at_step_0(self.folder / "metrics.jsonl"),
             "trained": scores,
         }
+        check_weights(encoder, f"{self.folder}, step {step}")
         aside = self.folder / "model.partial"
         shutil.rmtree(aside, ignore_errors=True)
         encoder.save_pretrained(aside)

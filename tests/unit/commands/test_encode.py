@@ -1,10 +1,13 @@
 import gzip
+import io
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
+from largebatch.commands import encode as command
 from largebatch.commands.encode import read_texts, run
 from largebatch.config import EncodeConfig
 from largebatch.data.text import train_tokenizer
@@ -53,6 +56,55 @@ def test_several_inputs_are_one_matrix(tmp_path, model):
     np.testing.assert_allclose(
         np.load(output), Encoder.from_pretrained(model).encode(TEXTS), atol=1e-6
     )
+
+
+class Numbers:
+    """Embeds a text by its number, a few texts at a time."""
+
+    embedding_width = 256
+
+    def __init__(self, fails_at=None):
+        self.fails_at = fails_at
+
+    def embed(self, texts, *, side, tokens_per_chunk, progress):
+        for first in range(0, len(texts), 64):
+            if first == self.fails_at:
+                raise UserError(f"row {first} is bad")
+            numbers = np.array([int(text) for text in texts[first : first + 64]], np.float32)
+            yield np.repeat(numbers[:, None], self.embedding_width, axis=1)
+
+
+def test_the_matrix_is_written_as_it_grows(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load_encoder", lambda model, device: Numbers())
+    texts = [str(number) for number in range(8192)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    config = EncodeConfig(
+        model="x", input=[str(tmp_path / "texts.txt")], output=str(tmp_path / "out.npy")
+    )
+    tracemalloc.start()
+    try:
+        run(config)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    expected = np.repeat(np.arange(8192, dtype=np.float32)[:, None], 256, axis=1)
+    file = io.BytesIO()
+    np.save(file, expected)
+    assert (tmp_path / "out.npy").read_bytes() == file.getvalue()
+    assert peak < expected.nbytes / 4
+
+
+def test_a_text_that_is_refused_leaves_the_output_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load_encoder", lambda model, device: Numbers(fails_at=64))
+    (tmp_path / "texts.txt").write_text("1\n" * 100)
+    (tmp_path / "out.npy").write_text("before")
+    config = EncodeConfig(
+        model="x", input=[str(tmp_path / "texts.txt")], output=str(tmp_path / "out.npy")
+    )
+    with pytest.raises(UserError, match="row 64 is bad"):
+        run(config)
+    assert (tmp_path / "out.npy").read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "texts.txt"]
 
 
 def test_reads_a_field_of_jsonl(tmp_path):

@@ -159,6 +159,7 @@ def test_folders_in_beir_layout(tmp_path):
     texts = [{"_id": "d1", "title": "t", "text": "one"}, {"_id": "d2", "title": "", "text": "two"}]
     (tmp_path / "corpus.jsonl").write_bytes(jsonl(texts))
     (tmp_path / "queries.jsonl").write_bytes(jsonl([{"_id": "q1", "text": "what"}]))
-    judgments = "query-id\tcorpus-id\tscore\nq1\td2\t1\nq1\td1\t0\n"
+    # One of the judged documents is not in the corpus, as in some published sets.
+    judgments = "query-id\tcorpus-id\tscore\nq1\td2\t1\nq1\td1\t0\nq1\tgone\t1\n"
     (tmp_path / "qrels/train.tsv").write_text(judgments)
     assert read(tmp_path) == [{"query": "what", "document": "two", "id": "q1:d2"}]

@@ -32,7 +32,6 @@ def test_padded_chunks_hold_the_texts(texts, budget, pad_id):
     packed = Texts.from_lists(texts)
     plan = plan_chunks(packed.lengths, budget)
     chunks = pad_chunks(packed, plan, pad_id=pad_id, device=CPU)
-    assert len(chunks) == len(plan)
     for rows, chunk in zip(plan, chunks, strict=True):
         assert chunk.input_ids.dtype == chunk.attention_mask.dtype == torch.int64
         longest = max(1, *(len(texts[row]) for row in rows), 1)
@@ -89,7 +88,7 @@ def test_lengths_are_rounded_up():
     texts = Texts.from_lists([[1] * 9, [1] * 8, [1] * 3, [1]])
     plan = plan_chunks(texts.lengths, 32, multiple=8)
     assert [rows.tolist() for rows in plan] == [[0, 1], [2, 3]]
-    chunks = pad_chunks(texts, plan, pad_id=0, device=CPU, multiple=8)
+    chunks = list(pad_chunks(texts, plan, pad_id=0, device=CPU, multiple=8))
     assert [tuple(chunk.input_ids.shape) for chunk in chunks] == [(2, 16), (2, 8)]
     assert [chunk.attention_mask.sum(1).tolist() for chunk in chunks] == [[9, 8], [3, 1]]
 

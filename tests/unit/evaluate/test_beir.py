@@ -43,11 +43,53 @@ def test_reads_titles_and_judgments(folder):
 
 
 @pytest.mark.parametrize(
-    "text", ["q1\td1\t1\nq2\t2\t2\n", "q1 0 d1 1\nq2 0 2 2\n", "q1\t0\td1\t1\r\nq2\t0\t2\t2"]
+    "text",
+    [
+        "q1\td1\t1\nq2\t2\t2\n",
+        "q1\td1\t1.0\nq2\t2\t2.0\n",  # the first line is a judgment, though its score has a point
+        "query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\t2\t2\n",
+        "\nqid\tdocid\trel\nq1\td1\t1\nq2\t2\t2\n\n \n",
+        "q1 d1 1\nq2 2 2",
+        "q1 0 d1 1\nq2 0 2 2\n",
+        "q1 Q0 d1 1\nq2 Q0 2 2\n",
+        "q1\t0\td1\t1\r\nq2\t0\t2\t2",
+        "query\titeration\tdocument\tlabel\r\nq1\t0\td1\t1\r\nq2\t0\t2\t2\r\n",
+        "\ufeffq1\td1\t1\nq2\t2\t2",
+        "q1\td1\t1\t\nq2\t2\t2\t\n",
+    ],
 )
-def test_reads_qrels_without_header_and_in_trec_form(folder, text):
-    (folder / "qrels" / "test.tsv").write_text(text)
+def test_reads_qrels_in_all_their_forms(folder, text):
+    (folder / "qrels" / "test.tsv").write_bytes(text.encode())
     assert load_retrieval_set(folder).qrels == {"q1": {"d1": 1}, "q2": {"2": 2}}
+
+
+@pytest.mark.parametrize("score", ["high", "1,0"])
+def test_a_first_line_of_a_known_query_is_no_header(folder, score):
+    (folder / "qrels" / "test.tsv").write_text(f"q1\td1\t{score}\nq2\t2\t2\n")
+    with pytest.raises(UserError, match=f"line 1: the score '{score}' is not a whole number"):
+        load_retrieval_set(folder)
+
+
+def test_what_published_sets_lack_or_repeat_is_told(folder, caplog):
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write(
+            '{"_id": "2", "title": null, "text": "b"}\n{"_id": 3, "title": "c", "text": ""}\n'
+        )
+    with (folder / "qrels" / "test.tsv").open("a") as file:
+        file.write("q1\tgone\t1\nq0\td1\t1\nq2\t2\t2\nq3\td1\t-1\n")
+    with (folder / "queries.jsonl").open("a") as file:
+        file.write('{"_id": "q3", "text": "three"}\n')
+    read = load_retrieval_set(folder)
+    assert read.corpus == {"d1": "A title a text", "2": "b", "3": "c"}
+    assert read.qrels == {"q1": {"d1": 1, "gone": 1}, "q2": {"2": 2, "d1": 0}, "q3": {"d1": -1}}
+    assert [message.removeprefix(str(folder)) for message in caplog.messages] == [
+        "/corpus.jsonl: 1 lines repeat an id and its text ('2')",
+        "/qrels/test.tsv names 1 queries that are not in queries.jsonl ('q0'), of 4; their "
+        "judgments are left out",
+        "/qrels/test.tsv names 1 documents that are not in corpus.jsonl ('gone'), of 3; they count "
+        "as not found",
+        "/qrels/test.tsv: 1 of 3 queries have no relevant document; they count as 0",
+    ]
 
 
 def test_round_trip_with_the_same_bytes(tmp_path):
@@ -110,7 +152,7 @@ def test_names_a_folder_that_is_not_there(tmp_path):
         (b'{"_id": "x", "text": null}', "text is None"),
         (b'{"_id": "x", "text": "", "title": 3}', "title is 3"),
         (b"[" * 100_000, "not JSON"),
-        (b'{"_id": "d1", "text": "again"}', "'d1' occurs twice"),
+        (b'{"_id": "d1", "text": "again"}', "'d1' occurs twice, with different texts"),
         (b'{"_id": "x", "text": "\xff"}', "not UTF-8"),
         (b'{"_id": "x", "text": "\\ud800"}', "surrogate"),
     ],
@@ -130,7 +172,14 @@ def test_names_the_line_of_a_bad_text(folder, line, message):
         ("q1\td1", "line 5: 2 columns"),
         ("q1\td1\thigh", "line 5: the score 'high'"),
         ("q1\td1\t2", "line 5: document 'd1' is judged 1 and 2"),
-        ("q9\td1\t2", "names 1 queries that are not in queries.jsonl ('q9')"),
+        ("q1\td1\t1.5", "line 5: the score '1.5' is not a whole number"),
+        ("q1\td1\tnan", "line 5: the score 'nan'"),
+        ("q1 d1\t1", "line 5: 2 columns"),
+        ("q1\t\td1\t1", "line 5: 4 columns, 1 of them empty"),
+        ("q1\td1\t1\t2021", "line 5: four columns, the second of which is 'd1' and not TREC's 0"),
+        ("q1\t0\td1\t1\tx", "line 5: 5 columns"),
+        ("query-id\tcorpus-id\tscore", "line 5: the score 'score'"),
+        ("q7\td1\t2\nq8\td1\t2\nq9\td1\t2", "names 3 queries that are not in queries.jsonl"),
         ("q1\td7\t1\nq1\td8\t1\nq1\td9\t1\nq2\td6\t1", "4 documents that are not in corpus.jsonl"),
     ],
 )

@@ -1,19 +1,16 @@
+import weakref
+
 import ir_measures
 import numpy as np
 import pytest
 import torch
+from dist import run_ranks
 from ir_measures import RR, R, nDCG
 
 from largebatch.errors import UserError
+from largebatch.evaluate import retrieval
 from largebatch.evaluate.beir import RetrievalSet
-from largebatch.evaluate.retrieval import (
-    METRICS,
-    evaluate_embeddings,
-    evaluate_encoder,
-    rank_by_embeddings,
-    retrieval_scores,
-    texts_to_encode,
-)
+from largebatch.evaluate.retrieval import METRICS, Search, evaluate_encoder, retrieval_scores
 
 
 def by_formula(run, qrels):
@@ -95,6 +92,39 @@ def test_scores_do_not_depend_on_the_order_of_tied_documents():
     assert retrieval_scores({"q": {"c": 1.0, "b": 1.0}}, qrels)["mrr@10"] == 0.5
 
 
+def test_judgments_below_1_and_of_documents_that_are_not_there():
+    """As trec_eval, and so BEIR: no gain below 1; what can't be found is in the ideal order."""
+    run = {"q": {"a": 3.0, "b": 2.0, "c": 1.0}, "zero": {"a": 1.0}, "below": {"a": 1.0}}
+    qrels = {"q": {"a": -1, "b": 2, "c": -2, "gone": 1}, "zero": {"a": 0}, "below": {"a": -1}}
+    log3 = np.log2(3)
+    assert retrieval_scores(run, qrels) == pytest.approx(
+        {
+            "ndcg@10": 2 / log3 / (2 + 1 / log3) / 3,
+            "mrr@10": 1 / 2 / 3,
+            "recall@10": 1 / 2 / 3,
+        },
+        abs=1e-9,
+    )
+
+
+def test_the_query_itself_is_passed_over_unless_it_is_relevant():
+    run = {"7": {"7": 2.0, "8": 1.0}}
+    for judgments in ({"8": 1}, {"8": 1, "7": 0}):
+        assert retrieval_scores(run, {"7": judgments})["mrr@10"] == 1
+    assert retrieval_scores(run, {"7": {"7": 1}})["mrr@10"] == 1
+    assert retrieval_scores(run, {"7": {"9": 1}})["mrr@10"] == 0
+    # Nine before the tenth, which is relevant: the query itself takes no place among them.
+    among = {"q": {"q": 99.0, **{f"x{i}": 50.0 - i for i in range(9)}, "right": 1.0}}
+    assert retrieval_scores(among, {"q": {"right": 1}})["recall@10"] == 1
+
+
+def rank(queries, documents, *, k=100, slices=((0, None),), **tiles):
+    search = Search(queries, k=k, **tiles)
+    for first, last in slices:
+        search.add(documents[first:last], first)
+    return search.found()
+
+
 @pytest.mark.parametrize("tiles", [(1024, 8192), (3, 7), (1, 1)])
 @pytest.mark.parametrize("k", [1, 10, 500])
 def test_ranks_as_a_full_sort(tiles, k):
@@ -102,8 +132,13 @@ def test_ranks_as_a_full_sort(tiles, k):
     queries = rng.standard_normal((11, 16), dtype=np.float32)
     documents = rng.standard_normal((50, 16), dtype=np.float32)
     documents = documents[rng.integers(0, 50, size=90)]  # Many occur more than once.
-    positions, scores = rank_by_embeddings(
-        queries, documents, k=k, query_tile=tiles[0], document_tile=tiles[1]
+    positions, scores = rank(
+        queries,
+        documents,
+        k=k,
+        slices=((40, None), (0, 17), (17, 40)),
+        query_tile=tiles[0],
+        document_tile=tiles[1],
     )
     exact = (queries[:, None].astype(np.float64) * documents).sum(axis=-1).astype(np.float32)
     expected = np.argsort(-exact, axis=1, kind="stable")[:, :k]
@@ -113,7 +148,7 @@ def test_ranks_as_a_full_sort(tiles, k):
 
 def test_ties_at_zero_and_below_follow_positions():
     documents = np.array([[-1.0], [-0.0], [0.0], [-1.0], [2.0], [0.0]], np.float32)
-    positions, scores = rank_by_embeddings(np.array([[1.0], [-0.0]], np.float32), documents)
+    positions, scores = rank(np.array([[1.0], [-0.0]], np.float32), documents)
     assert positions.tolist() == [[4, 1, 2, 5, 0, 3], [0, 1, 2, 3, 4, 5]]
     assert scores.tolist() == [[2, 0, 0, 0, -1, -1], [0] * 6]
 
@@ -121,34 +156,33 @@ def test_ties_at_zero_and_below_follow_positions():
 def test_tied_documents_at_the_cut_are_chosen_by_position():
     same = np.ones((300, 8), np.float32)
     for tile in (7, 64, 8192):
-        positions, _ = rank_by_embeddings(same[:2], same, k=100, document_tile=tile)
+        positions, _ = rank(same[:2], same, k=100, document_tile=tile)
         assert positions.tolist() == [list(range(100))] * 2
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_refuses_embeddings_that_are_not_finite(value):
-    good, bad = np.ones((3, 4), np.float32), np.ones((3, 4), np.float32)
-    bad[1, 2] = value
-    with pytest.raises(UserError, match="a query embedding"):
-        rank_by_embeddings(bad, good)
-    with pytest.raises(UserError, match="a document embedding"):
-        rank_by_embeddings(good, bad)
-
-
 class BagOfLetters:
-    """Embeds a text by its counts of letters, plus noise that depends on its place in the list."""
+    """Embeds a text by its counts of letters, plus noise that depends on its place in the list.
+
+    Some texts at a time, `per_slice` of them.
+    """
 
     device = torch.device("cpu")
 
-    def __init__(self, noise=1e-6):
+    def __init__(self, noise=1e-6, per_slice=2):
         self.noise = noise
+        self.per_slice = per_slice
         self.calls = []
 
-    def encode(self, texts, *, side, tokens_per_chunk, progress):
+    def embed(self, texts, *, side, tokens_per_chunk, progress):
         self.calls.append((list(texts), side, tokens_per_chunk, progress))
         counts = [[text.count(letter) for letter in "abcdefgh"] for text in texts]
         noise = np.arange(len(texts))[:, None] * self.noise
-        return (np.array(counts) + noise).astype(np.float32)
+        whole = (np.array(counts).reshape(-1, 8) + noise).astype(np.float32)
+        for first in range(0, len(texts), self.per_slice):
+            yield whole[first : first + self.per_slice]
+
+    def encode(self, texts, **options):
+        return np.concatenate([np.empty((0, 8), np.float32), *self.embed(texts, **options)])
 
 
 LETTERS = RetrievalSet(
@@ -162,10 +196,10 @@ LETTERS = RetrievalSet(
 def test_evaluates_an_encoder():
     encoder = BagOfLetters()
     scores = evaluate_encoder(encoder, LETTERS, tokens_per_chunk=64)
-    queries, documents = texts_to_encode(LETTERS)
     # Each text once, and only queries that are judged.
+    (queries, *of_queries), (documents, *of_documents) = encoder.calls
     assert (sorted(queries), sorted(documents)) == (["a", "h"], ["aab", "cdc", "efe", "hg"])
-    assert encoder.calls == [(queries, "query", 64, False), (documents, "document", 64, False)]
+    assert (of_queries, of_documents) == (["query", 64, False], ["document", 64, False])
     # "aab" is found first by both; of the two equal ones, 3 is put before 1.
     assert scores["mrr@10"] == pytest.approx((1 / 2 + 1 + 1) / 3)
     assert scores["recall@10"] == 1
@@ -178,16 +212,112 @@ def test_the_order_of_ids_does_not_matter():
         dict(reversed(LETTERS.queries.items())),
         {q: dict(reversed(j.items())) for q, j in reversed(LETTERS.qrels.items())},
     )
-    assert texts_to_encode(backwards) == texts_to_encode(LETTERS)
-    assert evaluate_encoder(BagOfLetters(), backwards) == evaluate_encoder(BagOfLetters(), LETTERS)
+    encoders = BagOfLetters(), BagOfLetters()
+    assert evaluate_encoder(encoders[0], backwards) == evaluate_encoder(encoders[1], LETTERS)
+    assert encoders[0].calls == encoders[1].calls
 
 
-def test_ranks_may_encode_a_share_each():
-    encoder = BagOfLetters(noise=0)
-    queries, documents = texts_to_encode(LETTERS)
-    options = {"tokens_per_chunk": 8, "progress": False}
-    parts = [encoder.encode([d], side="document", **options) for d in documents]
-    joined = evaluate_embeddings(
-        LETTERS, encoder.encode(queries, side="query", **options), np.concatenate(parts)
-    )
-    assert joined == evaluate_encoder(BagOfLetters(noise=0), LETTERS)
+def random_set(num_documents, num_queries):
+    """Return a set in which many documents are equal, and many more tie."""
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(num_documents)]
+    corpus = {f"d{i}": texts[rng.integers(num_documents // 2 + 1)] for i in range(num_documents)}
+    queries = {f"q{i}": "".join(rng.choice(list("abcdefgh"), 3)) for i in range(num_queries)}
+    return RetrievalSet("random", corpus, queries, {query: {"d0": 1} for query in queries})
+
+
+def run_of(retrieval_set, k, make=BagOfLetters):
+    """Return what is found for each query, best first, instead of its scores."""
+    retrieval.retrieval_scores = lambda run, qrels: {
+        query: list(found.items()) for query, found in run.items()
+    }
+    return evaluate_encoder(make(noise=0), retrieval_set, k=k)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+@pytest.mark.parametrize(
+    ("num_documents", "num_queries", "k"), [(60, 7, 5), (60, 4, 100), (3, 2, 2), (1, 1, 100)]
+)
+def test_any_number_of_ranks_finds_what_a_full_sort_does(
+    num_documents, num_queries, k, world_size, monkeypatch
+):
+    monkeypatch.setattr(retrieval, "_QUERIES_PER_GATHER", 3)
+    retrieval_set = random_set(num_documents, num_queries)
+
+    def score(query, document):
+        return float(sum(query.count(letter) * document.count(letter) for letter in "abcdefgh"))
+
+    expected = {
+        query_id: sorted(
+            ((i, score(query, text)) for i, text in retrieval_set.corpus.items()),
+            key=lambda found: (found[1], found[0]),
+            reverse=True,
+        )[:k]
+        for query_id, query in retrieval_set.queries.items()
+    }
+    assert run_ranks(run_of, world_size, retrieval_set, k) == [expected] * world_size
+
+
+class FailsOnRank1(BagOfLetters):
+    """Its second rank fails in the midst of the documents."""
+
+    error: Exception
+
+    def embed(self, texts, *, side, **options):
+        yield from super().embed(texts[:2], side=side, **options)
+        if side == self.fails_at and torch.distributed.get_rank() == 1:
+            raise self.error
+
+
+@pytest.mark.parametrize("side", ["query", "document"])
+@pytest.mark.parametrize("error", [UserError("row 3 is bad"), MemoryError("no room")])
+def test_an_error_on_one_rank_ends_all(side, error):
+    def fail():
+        encoder = FailsOnRank1()
+        encoder.error, encoder.fails_at = error, side
+        try:
+            evaluate_encoder(encoder, random_set(20, 4))
+        except Exception as raised:
+            return type(raised).__name__, str(raised)
+
+    others = ("UserError", "row 3 is bad")
+    if isinstance(error, MemoryError):
+        others = ("RuntimeError", "rank 1 failed: MemoryError: no room")
+    own = (type(error).__name__, str(error))
+    assert run_ranks(fail, 3) == [others, own, others]
+
+
+def test_a_search_that_does_not_fit_the_device_is_told(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(retrieval, "_merge", full)
+    with pytest.raises(UserError, match="cpu has too little memory to search letters for 2 quer"):
+        evaluate_encoder(BagOfLetters(), LETTERS)
+
+
+def test_no_more_than_a_slice_of_documents_is_held():
+    alive, most = weakref.WeakSet(), []
+
+    class Part(np.ndarray):
+        """An array that can be counted."""
+
+    class Watched(BagOfLetters):
+        def embed(self, texts, **options):
+            for first in range(0, len(texts), 10):
+                (part,) = BagOfLetters(per_slice=10).embed(texts[first : first + 10], **options)
+                part = part.copy().view(Part)
+                alive.add(Counted(part))
+                yield part
+                most.append(len(alive))
+
+    class Counted:
+        """Lives as long as the array it is hung on."""
+
+        def __init__(self, part):
+            part.counted = self
+
+    numbered = {f"d{i}": f"a{i}" for i in range(500)}
+    evaluate_encoder(Watched(), LETTERS._replace(corpus=numbered | LETTERS.corpus))
+    assert len(most) >= 50
+    assert max(most) <= 2

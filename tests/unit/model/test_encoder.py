@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from largebatch.batch import Texts
 from largebatch.data.chunks import pad_chunks, plan_chunks
 from largebatch.data.text import train_tokenizer
 from largebatch.errors import UserError
+from largebatch.model import encoder as encoder_module
 from largebatch.model.encoder import Encoder
 
 RNG = np.random.default_rng(0)
@@ -38,6 +40,98 @@ def test_encode_equals_encoding_one_by_one(side, normalize):
         np.testing.assert_allclose(found, alone, rtol=0, atol=1e-6)
     assert np.allclose(np.linalg.norm(alone, axis=1), 1) == normalize
     assert model.training  # as it was
+
+
+@pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.parametrize(
+    "bounds",
+    [{"SLICE_BYTES": 4 * 16 * 4}, {"SLICE_TOKENS": 10, "TEXTS_PER_CALL": 2}, {"SLICE_BYTES": 1}],
+)
+def test_embeds_slice_by_slice(monkeypatch, packing, bounds):
+    """Texts are read, and chunks made, when their turn comes; what was before is gone by then."""
+    model = encoder(packing=packing)
+    alone = np.concatenate([model.encode([text]) for text in TEXTS])
+    for name, value in bounds.items():
+        monkeypatch.setattr(encoder_module, name, value)
+    read, chunks, alive = 0, [], []
+
+    def texts():
+        nonlocal read
+        for text in TEXTS:
+            read += 1
+            yield text
+
+    def count(module, inputs):
+        chunks.append(weakref.ref(inputs[0].input_ids))
+        alive.append(sum(chunk() is not None for chunk in chunks))
+
+    hook = model.register_forward_pre_hook(count)
+    given = 0
+    for part in model.embed(texts(), tokens_per_chunk=20):
+        np.testing.assert_allclose(part, alone[given : given + len(part)], rtol=0, atol=1e-6)
+        given += len(part)
+        assert len(part) <= 4
+        assert read == given
+    hook.remove()
+    assert given == len(TEXTS)
+    assert len(chunks) >= 3
+    assert max(alive) <= 2
+    np.testing.assert_allclose(model.encode(TEXTS), alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (np.nan, "has values that are not finite"),
+        (np.inf, "has values that are not finite"),
+        (0.0, "is all zeros"),
+    ],
+)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_an_embedding_that_says_nothing_is_refused(monkeypatch, value, what, normalize):
+    monkeypatch.setattr(encoder_module, "SLICE_BYTES", 4 * 16 * 2)
+    model = encoder(normalize=normalize).train()
+    word = model.tokenizer("word7", add_special_tokens=False)["input_ids"]
+    assert len(word) == 1
+
+    def damage(module, inputs, output):
+        has_word = (inputs[0].input_ids == word[0]).any(1)
+        return torch.where(has_word[:, None], value, output)
+
+    model.packing = "off"
+    model.register_forward_hook(damage)
+    texts = ["word1", "word2 word3", "word4", "word5 word7", "word7"]
+    with pytest.raises(UserError) as caught:
+        model.encode(texts, side="query")
+    assert f"row 3: the embedding of the query 'word5 word7' {what}; " in str(caught.value)
+    assert model.training
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_folder_whose_weights_are_damaged_is_refused(tmp_path, value, caplog):
+    model = encoder()
+    model.save_pretrained(tmp_path / "model")
+    assert caplog.messages == []
+    model.backbone.embeddings.LayerNorm.weight.data[3] = value
+    model.save_pretrained(tmp_path / "model")
+    assert "the weight backbone.embeddings.LayerNorm.weight has values that" in caplog.text
+    with pytest.raises(UserError) as caught:
+        Encoder.from_pretrained(tmp_path / "model")
+    assert str(caught.value).startswith(
+        f"{tmp_path}/model: the weight backbone.embeddings.LayerNorm.weight has values that are not"
+    )
+
+
+def test_a_chunk_that_does_not_fit_the_device_is_told(monkeypatch):
+    model = encoder().train()
+
+    def full(module, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    model.register_forward_pre_hook(full)
+    with pytest.raises(UserError, match=r"cpu has too little memory to encode 64 tokens at once"):
+        model.encode(TEXTS, tokens_per_chunk=64)
+    assert model.training
 
 
 def test_sides_have_their_prompts():

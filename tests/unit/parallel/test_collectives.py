@@ -160,6 +160,29 @@ def test_all_ranks_fail_together(size):
     assert found == ["only rank 0 sees this"] * size
 
 
+def fail_on(ranks, error):
+    collectives = Collectives()
+
+    def action():
+        if collectives.world.rank in ranks:
+            raise error
+        return collectives.world.rank
+
+    try:
+        return collectives.all_succeed(action)
+    except Exception as raised:
+        return f"{type(raised).__name__}: {raised}"
+
+
+def test_all_ranks_fail_where_one_does():
+    assert run_ranks(fail_on, 3, [], None) == [0, 1, 2]
+    one_line = "UserError: bad file"
+    assert run_ranks(fail_on, 3, [1, 2], UserError("bad file")) == [one_line] * 3
+    told = "RuntimeError: rank 2 failed: KeyError: 'x'"
+    assert run_ranks(fail_on, 3, [2], KeyError("x")) == [told, told, "KeyError: 'x'"]
+    assert fail_on([0], KeyError("x")) == "KeyError: 'x'"
+
+
 def test_rows_must_be_as_many_as_were_told():
     with pytest.raises(AssertionError):
         Collectives().gather_rows(torch.ones(2, 3), [3])

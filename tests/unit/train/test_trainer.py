@@ -8,9 +8,16 @@ import pytest
 import torch
 from dist import run_ranks
 from numerics.tiny_run import STEPS, STOP, tiny_config, train_on_ranks, write_data
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from largebatch.config import CheckpointConfig, EvalConfig, LoggerConfig, OptimConfig
+from largebatch.commands import export
+from largebatch.config import (
+    CheckpointConfig,
+    EvalConfig,
+    ExportConfig,
+    LoggerConfig,
+    OptimConfig,
+)
 from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
 from largebatch.train import trainer
@@ -175,6 +182,26 @@ def test_a_run_whose_weights_are_not_finite_ends_with_step_and_ranks(data, copy,
         f"step {kept[-1] + 1}: loss or gradient is not finite (embeddings of ranks {ranks}"
     )
     assert list_checkpoints(copy / "checkpoints") == kept  # none with such weights
+
+
+def test_weights_that_are_not_finite_are_not_exported(data, copy):
+    file = checkpoint_path(copy / "checkpoints", STEPS) / "weights.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.startswith("encoder."))
+    weights[name].view(-1)[-1] = np.inf
+    save_file(weights, file)
+    before = files(copy / "model")
+    message = rf"step {STEPS}: the weight {name.removeprefix('encoder.')} has values that are not"
+    with pytest.raises(UserError, match=message):
+        export.run(ExportConfig(run=str(copy), checkpoint="last"))
+    # A run that is over is exported again where its result was lost.
+    (copy / "evaluation.json").unlink()
+    config = tiny_config(
+        data, copy, checkpoint=CheckpointConfig(keep_best=False, every_steps=2), eval=EvalConfig()
+    )
+    with pytest.raises(UserError, match=message):
+        run_ranks(train_without_steps, 1, config, init_group=False)
+    assert files(copy / "model") == before
 
 
 def test_ranks_have_their_own_dropout_and_equal_weights(data, tmp_path):
