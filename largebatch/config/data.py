@@ -19,8 +19,9 @@ class SourceConfig:
     """Which field of a record is what, as {query: title, document: body}. Unset: the names that
     sentence-transformers, FlagEmbedding, tevatron, Automodel and BEIR use are recognized."""
     weight: float | None = None
-    """Share of the batches, relative to the other sources' weights. Unset for all sources: a
-    source weighs its number of records to the power of data.size_exponent."""
+    """Share of the batches, relative to the other sources' weights; of a source that weighs 0
+    nothing is read. Unset for all sources: a source weighs its number of records to the power of
+    data.size_exponent."""
     epochs: float | None = None
     """The source is left out after so many passes over it, and its share goes to the others."""
     query_prompt: str | None = None
@@ -142,6 +143,21 @@ class DataConfig:
         self._check_curriculum(faults)
         faults.finish()
 
+    def is_drawn(self, name: str) -> bool:
+        """Return whether a source ever has a weight above 0."""
+        return any(weights[name] != 0 for _, weights in self._weights())
+
+    def _weights(self) -> list[tuple[int, dict[str, float | None]]]:
+        """Return from which step on the sources have which weights, where these are set."""
+        now = {name: source.weight for name, source in self.sources.items()}
+        phases = [(0, now)]
+        for change in self.curriculum:
+            now = {**now, **change.weights}
+            if change.from_step == 0:
+                phases.clear()
+            phases.append((change.from_step, now))
+        return phases
+
     def _check_weights(self, faults: Faults) -> None:
         without = [name for name, source in self.sources.items() if source.weight is None]
         faults.check(
@@ -150,13 +166,16 @@ class DataConfig:
             "one; give all of them a weight, or none (they then weigh by size, see "
             "data.size_exponent)",
         )
-        faults.check(
-            bool(without) or not self.sources or any(s.weight for s in self.sources.values()),
-            "data.sources.*.weight is 0 for all sources; give one a weight above 0",
-        )
-        if self.batches == "mixed":
+        for step, weights in self._weights():
+            since = f" from step {step} on, by data.curriculum" if self.curriculum else ""
             faults.check(
-                len({source.symmetric for source in self.sources.values()}) <= 1,
+                not weights or any(weight != 0 for weight in weights.values()),
+                f"data.sources.*.weight is 0 for all sources{since}; give one a weight above 0",
+            )
+        if self.batches == "mixed":
+            drawn = [source for name, source in self.sources.items() if self.is_drawn(name)]
+            faults.check(
+                len({source.symmetric for source in drawn}) <= 1,
                 "data.sources.*.symmetric differs between sources, which mixed batches can't have; "
                 "set it for all alike, or data.batches=one_source",
             )

@@ -87,8 +87,7 @@ def source_shares(
     sources: Sequence[Source], schedule: Schedule, num_steps: int
 ) -> list[SourceShare]:
     """Return what each source is to a run of so many steps."""
-    given = schedule.rows_given(num_steps)
-    epochs = given / schedule.epoch_records
+    given, epochs = schedule.rows_given(num_steps), schedule.epochs(num_steps)
     wanted = _mean_shares(schedule, num_steps)
     left_out = schedule.left_out()
     return [

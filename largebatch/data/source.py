@@ -54,7 +54,7 @@ class Source(NamedTuple):
         return cls(
             name,
             [url for url, _ in shards],
-            np.repeat(np.arange(len(tables)), [len(table) for table in tables]),
+            np.repeat(np.arange(len(tables)), np.array([len(table) for table in tables], np.int64)),
             SegmentTable.concatenate(tables),
             fields,
             **options,

@@ -56,8 +56,12 @@ class Feed:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """A hash of each source's index."""
-        return {source.name: source.fingerprint() for source in self.sources}
+        """A hash of the index of each source that batches take from."""
+        return {
+            source.name: source.fingerprint()
+            for source, is_drawn in zip(self.sources, self.schedule.is_drawn, strict=True)
+            if is_drawn
+        }
 
     def check_same_data(self, saved: dict[str, str]) -> None:
         """Check that the shards are those that the run began with.
@@ -65,9 +69,8 @@ class Feed:
         Raises:
             UserError: Those of a source are not; names it.
         """
-        now = self.fingerprints
-        for name, fingerprint in saved.items():
-            if now.get(name) != fingerprint:
+        for name, fingerprint in self.fingerprints.items():
+            if saved.get(name) != fingerprint:
                 raise UserError(
                     f"the shards of data.sources.{name} are not those that {self.folder} was "
                     "trained on so far (another index.json); bring them back, or choose another "
@@ -126,7 +129,7 @@ class Feed:
         }
         if len(self.sources) > 1:
             shares = self.schedule.shares(max(step - 1, 0))
-            epochs = given / self.schedule.epoch_records
+            epochs = self.schedule.epochs(step)
             for number, source in enumerate(self.sources):
                 values |= {
                     f"mix/{source.name}/share": given[number] / max(given.sum(), 1),
@@ -139,13 +142,15 @@ class Feed:
         """Tell what the data is and how long it lasts."""
         schedule, config = self.schedule, self.config
         stop = config.max_steps
-        given = schedule.rows_given(stop)
-        epochs = given / schedule.epoch_records
+        given, epochs = schedule.rows_given(stop), schedule.epochs(stop)
         lines = [
             f"data: {schedule.num_records:,} records, global batch {config.global_batch:,} "
             f"({config.data.batches}), {given.sum() / schedule.epoch_records.sum():.1f} epochs"
         ]
         for number, source in enumerate(self.sources):
+            if not schedule.is_drawn[number]:
+                lines.append(f"  {source.name}: weight 0, so that nothing of it is read")
+                continue
             left_out = int(schedule.left_out()[number])
             lines.append(
                 f"  {source.name}: {schedule.source_records[number]:,} records, "

@@ -335,3 +335,14 @@ def test_composes_as_train_does(capsys):
     # Another command's schema, known by then under the same name, does not stay.
     assert app.main(["train", "step=1"]) == 1
     assert "step is not an option" in capsys.readouterr().err
+
+
+def test_a_source_that_weighs_nothing_is_told_and_not_read(folder, capsys):
+    options = ["data.sources.a.weight=1", "data.sources.b.weight=0", "data.sources.b.urls=[away]"]
+    out, _ = run(capsys, "show", *OPTIONS, *options, "rows=1")
+    row = next(line for line in out.splitlines() if " b " in line)
+    assert "0.0%" in row
+    out, _ = run(capsys, "stats", *OPTIONS, *options, "stats_dir=stats", "sample=0")
+    stats = json.loads((folder / "stats/stats.json").read_text())["sources"]
+    assert (stats["a"]["realized"], stats["b"]["realized"], stats["b"]["epochs"]) == (1, 0, 0)
+    assert stats["b"]["sampled"] == 0

@@ -184,3 +184,37 @@ def test_a_curriculum_of_lengths_and_weights_trains(tmp_path):
         for entry in metrics(tmp_path / "run")
     ]
     assert max(tokens[:3]) < min(tokens[3:])
+
+
+@pytest.mark.parametrize("batches", ["one_source", "mixed"])
+def test_of_a_source_that_weighs_nothing_nothing_is_read(tmp_path, batches):
+    run_config = config(
+        tmp_path / "data",
+        tmp_path / "run",
+        sources={
+            "good": replace(write_source(tmp_path / "data" / "good", "good"), weight=1.0),
+            "away": SourceConfig(urls=[str(tmp_path / "away")], symmetric=True, weight=0.0),
+        },
+        batches=batches,
+        on_fault="fail",
+    )
+    feed = Feed(run_config, tmp_path, World(), first_step=0)
+    assert "  away: weight 0, so that nothing of it is read" in feed.plan()
+    assert list(feed.fingerprints) == ["good"]
+    # Of a run that was begun when such a source was read too.
+    feed.check_same_data(feed.fingerprints | {"away": "its fingerprint"})
+    train_on_ranks(run_config, 1)
+    last = metrics(tmp_path / "run")[-1]
+    assert (last["mix/good/share"], last["mix/away/share"], last["mix/away/epoch"]) == (1, 0, 0)
+    assert last["train/epoch"] == STEPS * 15 / 60
+
+
+def test_all_sources_that_weigh_nothing_are_one_line():
+    def data(weight, **changes):
+        return DataConfig(sources={"a": SourceConfig(weight=weight)}, **changes)
+
+    with pytest.raises(UserError, match=r"^data.sources.\*.weight is 0 for all sources; give one"):
+        data(0.0)
+    with pytest.raises(UserError, match=r"0 for all sources from step 9 on, by data.curriculum;"):
+        data(1.0, curriculum=[CurriculumConfig(from_step=9, weights={"a": 0.0})])
+    data(0.0, curriculum=[CurriculumConfig(weights={"a": 1.0})])
