@@ -32,6 +32,10 @@ class SourceConfig:
     """Most negatives of a record that are used; 0: none. Unset: all that it has."""
     symmetric: bool | None = None
     """Whether this source's batches are matched both ways. Unset: objective.symmetric."""
+    mask_same_id: bool = False
+    """Whether records with the same id answer the same query, however it is put: then their
+    documents are no negatives of each other's queries. false: records are told apart by their
+    places, and ids may repeat; only equal texts are left out (objective.mask_duplicates)."""
 
     def __post_init__(self) -> None:
         faults = Faults()

@@ -298,7 +298,7 @@ def _check_unicode(record: Record, names: FieldNames) -> None:
 
 def _id(value: Any, field: str, default_id: str) -> str:
     if isinstance(value, str):
-        return value
+        return value if value.strip() else default_id
     if value is None:
         return default_id
     if isinstance(value, bool) or not isinstance(value, int):

@@ -49,6 +49,7 @@ def build_sources(config: TrainConfig) -> list[Source]:
             document_prompt=source.document_prompt,
             max_negatives=source.max_negatives,
             symmetric=source.symmetric,
+            mask_same_id=source.mask_same_id,
             max_chars=data.max_chars,
             retries=retries,
         )

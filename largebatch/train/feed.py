@@ -13,6 +13,7 @@ from largebatch.data.stream import Stream
 from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
 from largebatch.train.build import build_schedule, build_sources, text_phases
+from largebatch.train.metrics import MaskedStep
 from largebatch.world import World
 
 SHARE_OF_AT_LEAST = 1_000_000
@@ -101,7 +102,9 @@ class Feed:
         for batch in stream.batches(self.first_step, self.config.max_steps):
             self._holes.add(batch.new_holes)
             if self.config.logger.records:
-                self._records.append([{"step": batch.step, "records": batch.ids}])
+                self._records.append(
+                    [{"step": batch.step, "records": batch.ids, "places": batch.places}]
+                )
             yield batch
 
     def count_skipped(self, step: int, skipped: int) -> None:
@@ -119,6 +122,28 @@ class Feed:
                 f"data.max_skipped_share={self.config.data.max_skipped_share} allows "
                 f"({most:,.0f}); see {self.folder / 'holes'}, mend the shards, or raise the option"
             )
+
+    def tell_masked(self, masked: MaskedStep) -> str:
+        """Say which source a batch is from that has lost many negatives, and what can be done."""
+        number = self.schedule.source_of(masked.step - 1)
+        sources = [
+            source
+            for i, source in enumerate(self.sources)
+            if i == number or (number is None and self.schedule.is_drawn[i])
+        ]
+        by_id = [source.name for source in sources if source.mask_same_id]
+        return (
+            f"step {masked.step}: {masked.masked_share:.1%} of the negatives in its batch (source "
+            f"{', '.join(source.name for source in sources)}) are left out as false ones, and "
+            f"{masked.without_negatives:.1%} of its queries have none left: many of its records "
+            f"have the same query, document{' or id' if by_id else ''}; "
+            + "".join(
+                f"set data.sources.{name}.mask_same_id=false if its ids repeat without a meaning, "
+                for name in by_id
+            )
+            + "leave out what repeats (`largebatch data stats` counts it, `largebatch dedup` finds "
+            "it), or give such a source less weight; train/masked_share is logged for every step"
+        )
 
     def metrics(self, step: int) -> dict[str, float]:
         """Return how much of each source was given before `step`, beside what was wanted."""

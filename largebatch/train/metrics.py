@@ -1,8 +1,9 @@
 """Numbers of a run between two entries of its log."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +15,20 @@ from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.strategy import Strategy
 from largebatch.train.memory import peak_memory_gib
 from largebatch.train.step import StepResult
+
+MUCH_MASKED = 0.1
+"""Share of a batch's negatives that a person is told of when it is left out."""
+
+
+class MaskedStep(NamedTuple):
+    """A step whose batch has lost many of its negatives."""
+
+    step: int
+    """Its number, from 1."""
+    masked_share: float
+    """Share of the negatives that is left out as false ones."""
+    without_negatives: float
+    """Share of the queries that have none left."""
 
 
 class StepMeter:
@@ -39,6 +54,8 @@ class StepMeter:
         self._clock_s = time.perf_counter() - elapsed_before_s
         self.num_skipped = 0
         """Pairs that all ranks skipped in what `read` read last."""
+        self.masked: MaskedStep | None = None
+        """The first step in what `read` read last whose batch has lost many negatives."""
         self._start()
 
     def _start(self) -> None:
@@ -92,6 +109,9 @@ class StepMeter:
         # All of these wait for the device.
         self._check_finite(step, losses.tolist(), norms.tolist(), finite.tolist())
         accuracy = torch.stack([report.accuracy for report in reports]).double().mean().item()
+        masked = torch.stack([report.masked_share for report in reports]).double().tolist()
+        without = torch.stack([report.without_negatives for report in reports]).double().tolist()
+        self.masked = _first_masked(step - len(reports) + 1, masked, without)
         duration_s = time.perf_counter() - self._since_s
         counts = [
             sum(report.num_tokens for report in reports),
@@ -117,6 +137,7 @@ class StepMeter:
         values = {
             "train/loss": losses.mean().item(),
             "train/accuracy": accuracy,
+            "train/masked_share": sum(masked) / len(masked),
             "train/temperature": loss.temperature.value,
             "train/lr": self._results[-1].learning_rate,
             "train/grad_norm": norms.mean().item(),
@@ -152,3 +173,13 @@ class StepMeter:
             f"step {first}: loss or gradient is not finite ({where}); the last checkpoint is from "
             "before it: lower optim.lr, or use hardware.precision=float32"
         )
+
+
+def _first_masked(
+    first_step: int, masked: Sequence[float], without: Sequence[float]
+) -> MaskedStep | None:
+    for step, (share, none_left) in enumerate(zip(masked, without, strict=True), first_step):
+        # A single pair has no negatives either, and nothing was left out.
+        if share >= MUCH_MASKED or (share > 0 and none_left > 0):
+            return MaskedStep(step, share, none_left)
+    return None

@@ -1,6 +1,7 @@
 """The data of a run: what is skipped, what is noted, and which shards a resumed run accepts."""
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 
@@ -218,3 +219,52 @@ def test_all_sources_that_weigh_nothing_are_one_line():
     with pytest.raises(UserError, match=r"0 for all sources from step 9 on, by data.curriculum;"):
         data(1.0, curriculum=[CurriculumConfig(from_step=9, weights={"a": 0.0})])
     data(0.0, curriculum=[CurriculumConfig(weights={"a": 1.0})])
+
+
+def train_and_listen(run_config):
+    """Train, and return what is told on the way."""
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda entry: told.append(entry.getMessage())
+    trainer.log.addHandler(handler)
+    trainer.train(run_config)
+    return told
+
+
+@pytest.mark.parametrize("mask_same_id", [False, True])
+def test_ids_that_repeat_leave_no_negatives_out_unless_they_mean_it(tmp_path, mask_same_id):
+    with ShardWriter(tmp_path / "shards", records_per_shard=25) as writer:
+        for n in range(60):
+            writer.write(Record(f"query {n}", f"document {n}", [], "", "squad"))
+    source = SourceConfig(urls=[str(tmp_path / "shards")], mask_same_id=mask_same_id)
+    run_config = config(tmp_path, tmp_path / "run", sources={"one": source})
+    (told,) = run_ranks(train_and_listen, 1, run_config, init_group=False)
+    found = metrics(tmp_path / "run")
+    assert {entry["train/masked_share"] for entry in found} == {float(mask_same_id)}
+    assert all((entry["train/loss"] == 0) == mask_same_id for entry in found)
+    if not mask_same_id:
+        assert told == []
+        return
+    (message,) = told
+    assert message.startswith(
+        "step 1: 100.0% of the negatives in its batch (source one) are left out as false ones, "
+        "and 100.0% of its queries have none left"
+    )
+    assert "set data.sources.one.mask_same_id=false if its ids repeat without a meaning" in message
+    # Where ids repeat, places tell records apart.
+    lines = next((tmp_path / "run" / "records").iterdir()).read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert {name for entry in entries for name in entry["records"]} == {"one/squad"}
+    assert len({tuple(place) for entry in entries[:4] for place in entry["places"]}) == 60
+
+
+def test_a_source_whose_documents_are_all_the_same_is_told_once(tmp_path):
+    with ShardWriter(tmp_path / "shards", records_per_shard=25) as writer:
+        for n in range(60):
+            writer.write(Record(f"query {n}", "spam", [], "", str(n)))
+    source = SourceConfig(urls=[str(tmp_path / "shards")])
+    run_config = config(tmp_path, tmp_path / "run", sources={"labels": source})
+    (message,), others = run_ranks(train_and_listen, 2, run_config, init_group=False)
+    assert others == []
+    assert "step 1: 100.0% of the negatives in its batch (source labels)" in message
+    assert "mask_same_id" not in message
