@@ -14,6 +14,8 @@ from largebatch.errors import UserError
 def run(config: VerifyConfig) -> None:
     """Print the plan, check every shard, and print all that is wrong, or that all is well.
 
+    Ids that repeat are told and are not wrong.
+
     Raises UserError with the number of problems if there are any.
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -24,8 +26,13 @@ def run(config: VerifyConfig) -> None:
         f"verifying   {index.num_records:,} records in {len(index.shards):,} shards, "
         f"{total / 1e6:,.1f} MB, in {folder}"
     )
+    notes: list[str] = []
     with byte_progress("reading shards", total) as on_bytes:
-        problems = verify(folder, fields=config.fields, workers=0, on_bytes=on_bytes)
+        problems = verify(
+            folder, fields=config.fields, workers=0, on_bytes=on_bytes, on_note=notes.append
+        )
+    for note in notes:
+        console.print(f"note: {note}")
     for problem in problems:
         console.print(problem)
     if problems:

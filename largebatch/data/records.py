@@ -77,7 +77,7 @@ class Record(NamedTuple):
     source: str
     """Name of the set that it is from."""
     id: str
-    """Tells it from the other records of its source."""
+    """What it is called. It may repeat within a source; a record's place does not."""
 
 
 class FieldNames(NamedTuple):

@@ -346,3 +346,18 @@ def test_a_source_that_weighs_nothing_is_told_and_not_read(folder, capsys):
     stats = json.loads((folder / "stats/stats.json").read_text())["sources"]
     assert (stats["a"]["realized"], stats["b"]["realized"], stats["b"]["epochs"]) == (1, 0, 0)
     assert stats["b"]["sampled"] == 0
+
+
+@pytest.mark.parametrize("mask_same_id", ["false", "true"])
+def test_stats_count_ids_that_repeat(folder, capsys, mask_same_id):
+    with ShardWriter(folder / "a", records_per_shard=50) as writer:
+        for number in range(60):
+            writer.write(record(number, id=str(number % 50)))
+    options = [f"data.sources.a.mask_same_id={mask_same_id}", "data.batches=mixed"]
+    out, _ = run(capsys, "stats", *OPTIONS, *options, "stats_dir=stats", "sample=0")
+    stats = json.loads((folder / "stats/stats.json").read_text())["sources"]
+    assert stats["a"]["repeated_ids"] == {"ids": 10, "records": 20}
+    assert stats["b"]["repeated_ids"] == {"ids": 0, "records": 0}
+    lines = [line for line in out.splitlines() if "ids are those of several records" in line]
+    assert len(lines) == (mask_same_id == "false")  # on purpose, it is no news
+    assert all(line.startswith("a: 10 ids") and "20 of 60: " in line for line in lines)

@@ -58,3 +58,16 @@ def test_index_writes_what_was_there(shards, capsys):
     (shards / "shard-000001.tar").unlink()
     index.run(IndexConfig(shards=[f"{shards}/*.tar"], overwrite=True))
     assert json.loads(target.read_text())["num_records"] == 50
+
+
+def test_shard_and_verify_tell_ids_that_repeat(tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"id": i % 3, "query": f"q{i}", "document": f"d{i}"} for i in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shard.run(ShardConfig(input=[str(path)], output_dir=str(tmp_path / "out")))
+    note = "note: 2 ids are those of several records, 4 of 5: "
+    assert note in capsys.readouterr().out
+    verify.run(VerifyConfig(shards=str(tmp_path / "out")))
+    out = capsys.readouterr().out
+    assert note in out
+    assert "as the index says" in out
