@@ -1,5 +1,6 @@
 """Options of the data: sources, mixture, curriculum, faults, loading."""
 
+import math
 from dataclasses import dataclass, field
 
 from largebatch.config.checks import Faults, suggest
@@ -7,6 +8,8 @@ from largebatch.config.checks import Faults, suggest
 BATCHES = ("one_source", "mixed")
 TAILS = ("carry", "drop")
 FAULT_POLICIES = ("fail", "skip")
+MAX_SIZE_EXPONENT = 10
+"""So that weights of any numbers of records are finite numbers."""
 
 
 @dataclass(kw_only=True)
@@ -72,6 +75,10 @@ class CurriculumConfig:
         faults.at_least("data.curriculum.*.from_step", self.from_step, 0)
         for name, weight in self.weights.items():
             faults.at_least(f"data.curriculum.*.weights.{name}", weight, 0)
+            faults.check(
+                weight != math.inf,
+                f"data.curriculum.*.weights.{name}=inf must be a finite number",
+            )
         for side in ("query", "document"):
             if (tokens := getattr(self, f"{side}_max_tokens")) is not None:
                 faults.at_least(f"data.curriculum.*.{side}_max_tokens", tokens, 4)
@@ -121,6 +128,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         faults = Faults()
         faults.at_least("data.size_exponent", self.size_exponent, 0)
+        faults.check(
+            not self.size_exponent > MAX_SIZE_EXPONENT,
+            f"data.size_exponent={self.size_exponent} must be at most {MAX_SIZE_EXPONENT}",
+        )
         faults.one_of("data.batches", self.batches, BATCHES)
         faults.one_of("data.tail", self.tail, TAILS)
         faults.one_of("data.on_fault", self.on_fault, FAULT_POLICIES)
@@ -163,6 +174,10 @@ class DataConfig:
         return phases
 
     def _check_weights(self, faults: Faults) -> None:
+        for name, source in self.sources.items():
+            faults.check(
+                source.weight != math.inf, f"data.sources.{name}.weight=inf must be a finite number"
+            )
         without = [name for name, source in self.sources.items() if source.weight is None]
         faults.check(
             len(without) in (0, len(self.sources)),

@@ -102,7 +102,10 @@ def convert(
                 ignored_positives += len(positives) - 1
                 kept_source = record.source or default_source
                 extra = extra_fields(row, names, uses_source=record.source != config.source)
-                writer.write(record._replace(source=kept_source), extra)
+                try:
+                    writer.write(record._replace(source=kept_source), extra)
+                except UserError as error:  # names the record by its id, which others may have too
+                    raise UserError(f"{row.where}: {error}") from None
                 ids.add(record.id)
         dropped = {reason: writer.dropped[reason] for reason in REASONS}
         if not writer.num_records:

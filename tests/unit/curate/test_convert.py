@@ -177,3 +177,11 @@ def test_two_files_numbered_alike_keep_their_ids_which_are_counted(tmp_path):
         for record_id in [*"012345", last]
     ]
     assert run(tmp_path / "first.jsonl", tmp_path / "one").repeated_ids == (0, 0)
+
+
+def test_a_record_that_is_too_large_is_named_by_its_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("largebatch.data.shards.MAX_RECORD_BYTES", 100)
+    rows = [{"id": 0, "query": "q", "document": "d"}, {"id": 0, "query": "q", "document": 99 * "d"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError, match=r"a.jsonl, line 2: record '0' takes 1\d\d bytes"):
+        run(path, tmp_path / "out")

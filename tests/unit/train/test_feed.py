@@ -221,6 +221,18 @@ def test_all_sources_that_weigh_nothing_are_one_line():
     data(0.0, curriculum=[CurriculumConfig(weights={"a": 1.0})])
 
 
+@pytest.mark.parametrize(
+    ("weight", "exponent", "told"),
+    [
+        (float("inf"), 1.0, r"^data.sources.a.weight=inf must be a finite number$"),
+        (None, 200.0, r"^data.size_exponent=200.0 must be at most 10$"),
+    ],
+)
+def test_weights_are_finite(weight, exponent, told):
+    with pytest.raises(UserError, match=told):
+        DataConfig(sources={"a": SourceConfig(weight=weight)}, size_exponent=exponent)
+
+
 def train_and_listen(run_config):
     """Train, and return what is told on the way."""
     told = []
