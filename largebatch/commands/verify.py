@@ -31,10 +31,11 @@ def run(config: VerifyConfig) -> None:
         problems = verify(
             folder, fields=config.fields, workers=0, on_bytes=on_bytes, on_note=notes.append
         )
-    for note in notes:
-        console.print(f"note: {note}")
     for problem in problems:
         console.print(problem)
+    if not problems:
+        console.print("presence, sizes, checksums, records and fields are as the index says")
+    for note in notes:
+        console.print(f"note: {note}")
     if problems:
         raise UserError(f"shards={folder} has {len(problems)} problems; they are listed above")
-    console.print("presence, sizes, checksums, records and fields are as the index says")

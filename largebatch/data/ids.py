@@ -50,7 +50,8 @@ class IdCounter:
 def tell_repeated(repeated: RepeatedIds, num_records: int, *, source: str = "NAME") -> str:
     """Say what ids that repeat among so many records of a source mean to training."""
     return (
-        f"{repeated.num_ids:,} ids are those of several records, {repeated.num_records:,} of "
-        f"{num_records:,}: training tells these apart by their places; if the same id means the "
-        f"same query, however it is put, set data.sources.{source}.mask_same_id=true"
+        f"{repeated.num_records:,} of {num_records:,} records have an id that others have too (ids "
+        f"that repeat: {repeated.num_ids:,}); training tells them apart by their places; if the "
+        "same id means the same query, however it is put, set "
+        f"data.sources.{source}.mask_same_id=true"
     )

@@ -133,8 +133,8 @@ class Feed:
         ]
         by_id = [source.name for source in sources if source.mask_same_id]
         return (
-            f"step {masked.step}: {masked.masked_share:.1%} of the negatives in its batch (source "
-            f"{', '.join(source.name for source in sources)}) are left out as false ones, and "
+            f"warning: step {masked.step}: {masked.masked_share:.1%} of the negatives in its batch "
+            f"(source {', '.join(source.name for source in sources)}) are left out as false ones, and "
             f"{masked.without_negatives:.1%} of its queries have none left: many of its records "
             f"have the same query, document{' or id' if by_id else ''}; "
             + "".join(

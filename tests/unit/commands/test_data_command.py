@@ -358,6 +358,6 @@ def test_stats_count_ids_that_repeat(folder, capsys, mask_same_id):
     stats = json.loads((folder / "stats/stats.json").read_text())["sources"]
     assert stats["a"]["repeated_ids"] == {"ids": 10, "records": 20}
     assert stats["b"]["repeated_ids"] == {"ids": 0, "records": 0}
-    lines = [line for line in out.splitlines() if "ids are those of several records" in line]
+    lines = [line for line in out.splitlines() if "have an id that others have too" in line]
     assert len(lines) == (mask_same_id == "false")  # on purpose, it is no news
-    assert all(line.startswith("a: 10 ids") and "20 of 60: " in line for line in lines)
+    assert all(line.startswith("a: 20 of 60 ") and "repeat: 10)" in line for line in lines)

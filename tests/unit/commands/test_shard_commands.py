@@ -65,7 +65,7 @@ def test_shard_and_verify_tell_ids_that_repeat(tmp_path, capsys):
     rows = [{"id": i % 3, "query": f"q{i}", "document": f"d{i}"} for i in range(5)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     shard.run(ShardConfig(input=[str(path)], output_dir=str(tmp_path / "out")))
-    note = "note: 2 ids are those of several records, 4 of 5: "
+    note = "note: 4 of 5 records have an id that others have too (ids that repeat: 2)"
     assert note in capsys.readouterr().out
     verify.run(VerifyConfig(shards=str(tmp_path / "out")))
     out = capsys.readouterr().out

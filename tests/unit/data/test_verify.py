@@ -271,5 +271,5 @@ def test_ids_that_repeat_are_counted_over_all_shards_and_are_no_problem(tmp_path
     )
     assert found == []
     (note,) = notes
-    assert note.startswith("5 ids are those of several records, 10 of 25: ")
+    assert note.startswith("10 of 25 records have an id that others have too (ids that repeat: 5)")
     assert "data.sources.NAME.mask_same_id=true" in note

@@ -259,8 +259,8 @@ def test_ids_that_repeat_leave_no_negatives_out_unless_they_mean_it(tmp_path, ma
         return
     (message,) = told
     assert message.startswith(
-        "step 1: 100.0% of the negatives in its batch (source one) are left out as false ones, "
-        "and 100.0% of its queries have none left"
+        "warning: step 1: 100.0% of the negatives in its batch (source one) are left out as false "
+        "ones, and 100.0% of its queries have none left"
     )
     assert "set data.sources.one.mask_same_id=false if its ids repeat without a meaning" in message
     # Where ids repeat, places tell records apart.
