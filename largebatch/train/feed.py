@@ -134,9 +134,9 @@ class Feed:
         by_id = [source.name for source in sources if source.mask_same_id]
         return (
             f"warning: step {masked.step}: {masked.masked_share:.1%} of the negatives in its batch "
-            f"(source {', '.join(source.name for source in sources)}) are left out as false ones, and "
-            f"{masked.without_negatives:.1%} of its queries have none left: many of its records "
-            f"have the same query, document{' or id' if by_id else ''}; "
+            f"(source {', '.join(source.name for source in sources)}) are left out as false ones, "
+            f"and {masked.without_negatives:.1%} of its queries have none left: many of its "
+            f"records have the same query, document{' or id' if by_id else ''}; "
             + "".join(
                 f"set data.sources.{name}.mask_same_id=false if its ids repeat without a meaning, "
                 for name in by_id
