@@ -61,7 +61,8 @@ class RankBatch(NamedTuple):
     step: int
     """Number of the optimizer step that this batch is for, from 0."""
     ids: list[str]
-    """`[b]`, the ids of the records, each with its source before it: `source/id`."""
+    """`[b]`, the ids of the records, each with its source before it: `source/id`. They may repeat:
+    what tells records apart is their place."""
     queries: Texts
     """`b` texts."""
     documents: Texts
@@ -72,6 +73,11 @@ class RankBatch(NamedTuple):
     """How many texts were cut at their side's maximum number of tokens."""
     symmetric: bool | None = None
     """Whether the batch is matched both ways, the same on all ranks; None: as the loss says."""
+    same_ids: list[str] | None = None
+    """`[b]`, equal where the source says that records answer the same query; None, on all ranks, if
+    no source of the batch says so."""
+    places: Sequence[tuple[int, int]] = ()
+    """`b` pairs: the segment of the source that a record is in, and its number there."""
     num_holes: int = 0
     """Rows of this rank's part that are missing, since their records can't be used."""
     new_holes: Sequence[Hole] = ()

@@ -48,6 +48,10 @@ class StepReport(NamedTuple):
     """Scalar, the mean over the global batch, the same on all ranks, without a graph."""
     accuracy: Tensor
     """Scalar, the share of queries whose own document scores highest among all columns."""
+    masked_share: Tensor
+    """Scalar, the share of all queries' negatives that is left out as false ones (masks.py)."""
+    without_negatives: Tensor
+    """Scalar, the share of queries that have no negative: nothing is learned from them."""
     embeddings_finite: Tensor
     """Bool scalar, whether all of this rank's embeddings are finite."""
     num_tokens: int
@@ -140,8 +144,9 @@ class GradCache:
     ) -> StepReport:
         """Do the same and return the loss with what else was found out on the way.
 
-        `symmetric` overrides the loss's for this batch; all ranks must pass the same. `ids` are the
-        queries' records', for a loss that leaves out false negatives; all ranks give them or none.
+        `symmetric` overrides the loss's for this batch; all ranks must pass the same. `ids`, one a
+        query, are for a loss that leaves out false negatives: queries with the same id have all
+        their documents in common. All ranks give them or none.
         """
         part = Part(
             self._tokens(queries, "query"),
@@ -240,6 +245,8 @@ class GradCache:
         return StepReport(
             loss=value.loss,
             accuracy=value.accuracy,
+            masked_share=value.masked_share,
+            without_negatives=value.without_negatives,
             embeddings_finite=embeddings_ud.detach().isfinite().all(),
             num_tokens=int(texts.lengths.sum()),
             num_encoded_tokens=int(distinct.texts.lengths.sum()),

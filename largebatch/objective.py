@@ -10,7 +10,8 @@ What ranks tell each other, once per step however many tiles there are:
 1. how many rows each has, with the hashes of their texts: an all-gather of integers (a second one
    where a rank has more of them than any had before), from host to host;
 2. the embeddings of documents and negatives: an all-gather, and a reduce-scatter of their gradient;
-3. the loss and the number of correct rows: an all-reduce of two numbers. With a symmetric loss the
+3. the loss, and how many rows are correct, how many negatives are left out as false ones and how
+   many rows have none left: an all-reduce of four numbers. With a symmetric loss the
    columns' statistics go with it, after another all-reduce that finds their maxima.
 """
 
@@ -38,6 +39,10 @@ class ObjectiveValue(NamedTuple):
     """Scalar without a graph, the same on all ranks: the mean over the global batch."""
     accuracy: Tensor
     """Scalar, the share of the global batch's queries whose own document scores highest."""
+    masked_share: Tensor
+    """Scalar, the share of the global batch's negatives that is left out as false ones."""
+    without_negatives: Tensor
+    """Scalar, the share of the global batch's queries that have no negative."""
 
 
 class RowsOfRanks(NamedTuple):
@@ -149,5 +154,13 @@ class ContrastiveObjective:
                 combine=self.collectives.combine,
             )
             num_rows = sum(b for b, _ in rows.counts)
-            loss, accuracy = result.totals / num_rows
-        return ObjectiveValue(result.loss_sum / (num_rows / world.size), loss, accuracy)
+            num_negatives = num_rows * (sum(gathered.counts) - 1)
+            loss, accuracy, _, without_negatives = result.totals / num_rows
+            masked_share = result.totals[2] / max(num_negatives, 1)
+        return ObjectiveValue(
+            result.loss_sum / (num_rows / world.size),
+            loss,
+            accuracy,
+            masked_share,
+            without_negatives,
+        )

@@ -144,7 +144,9 @@ def false_negatives(batch: RankBatch) -> dict[int, list[int]]:
     for column, text in enumerate([*documents, *negatives]):
         columns[text].append(column)
     answers = defaultdict(set)
-    for query, document, name in zip(queries, documents, batch.ids, strict=True):
+    # Without ids that mean something, a row's number stands for its record.
+    names = range(len(queries)) if batch.same_ids is None else batch.same_ids
+    for query, document, name in zip(queries, documents, names, strict=True):
         answers[query].add(document)
         answers[name].add(document)
     return {
@@ -154,7 +156,7 @@ def false_negatives(batch: RankBatch) -> dict[int, list[int]]:
             for column in columns[text]
             if column != row
         ]
-        for row, (query, name) in enumerate(zip(queries, batch.ids, strict=True))
+        for row, (query, name) in enumerate(zip(queries, names, strict=True))
     }
 
 

@@ -26,6 +26,7 @@ from largebatch.curate.statistics import (
     share_above,
     source_shares,
 )
+from largebatch.data.ids import RepeatedIds, tell_repeated
 from largebatch.errors import UserError
 from largebatch.train.build import text_phases
 
@@ -107,6 +108,10 @@ def summarize(
                 }
                 for kind, found in duplicates.items()
             },
+            "repeated_ids": {
+                "ids": sample.repeated_ids.num_ids,
+                "records": sample.repeated_ids.num_records,
+            },
             "examples": [record._asdict() for record in sample.examples],
         }
         del sources[share.name]["name"]
@@ -175,6 +180,10 @@ def _print(
             "duplicates are counted among the records that were looked into, so there are more in "
             "the whole; sample=0 counts them all, `largebatch dedup` leaves them out"
         )
+    for name, source in sources.items():
+        repeated = RepeatedIds(*source["repeated_ids"].values())
+        if repeated.num_ids and not config.data.sources[name].mask_same_id:
+            console.print(f"{name}: {tell_repeated(repeated, source['usable'], source=name)}")
     for name, source in sources.items():
         for kind, fault in source["unusable"].items():
             console.print(

@@ -7,6 +7,7 @@ from largebatch.commands.progress import row_progress
 from largebatch.config import ShardConfig
 from largebatch.curate.convert import Counts, convert
 from largebatch.curate.rows import find_inputs
+from largebatch.data.ids import tell_repeated
 
 
 def run(config: ShardConfig) -> None:
@@ -34,6 +35,9 @@ def run(config: ShardConfig) -> None:
     with row_progress("writing shards", total) as advance:
         counts = convert(config, inputs, on_bytes=advance.on_bytes, on_row=advance.on_row)
     console.print(_table(counts))
+    if counts.repeated_ids.num_ids:
+        told = tell_repeated(counts.repeated_ids, counts.written)
+        console.print(f"note: {told}", markup=False, soft_wrap=True)
     console.print(
         f"{counts.num_shards:,} shards, {counts.num_bytes / 1e6:,.1f} MB, in {config.output_dir}",
         markup=False,

@@ -15,6 +15,8 @@ from largebatch.errors import UserError
 def run(config: VerifyConfig) -> None:
     """Print the plan, check every shard, and print all that is wrong, or that all is well.
 
+    Ids that repeat are told and are not wrong.
+
     Raises UserError with the number of problems if there are any.
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -29,14 +31,23 @@ def run(config: VerifyConfig) -> None:
         f"verifying   {num_records:,} records in {len(shards):,} shards, {total / 1e6:,.1f} MB, "
         f"in {named}"
     )
+    problems: list[str] = []
+    notes: dict[Path, list[str]] = {folder: [] for folder in folders}
     with byte_progress("reading shards", total) as on_bytes:
-        problems = [
-            problem
-            for folder in folders
-            for problem in verify(folder, fields=config.fields, workers=0, on_bytes=on_bytes)
-        ]
+        for folder in folders:
+            problems += verify(
+                folder,
+                fields=config.fields,
+                workers=0,
+                on_bytes=on_bytes,
+                on_note=notes[folder].append,
+            )
     for problem in problems:
         console.print(problem)
+    if not problems:
+        console.print("presence, sizes, checksums, records and fields are as the index says")
+    for folder, said in notes.items():
+        for note in said:
+            console.print(f"note: {folder}: {note}")
     if problems:
         raise UserError(f"shards={named} has {len(problems)} problems; they are listed above")
-    console.print("presence, sizes, checksums, records and fields are as the index says")

@@ -1,5 +1,6 @@
 """Options of the data: sources, mixture, curriculum, faults, loading."""
 
+import math
 from dataclasses import dataclass, field
 
 from largebatch.config.checks import Faults, suggest
@@ -7,6 +8,8 @@ from largebatch.config.checks import Faults, suggest
 BATCHES = ("one_source", "mixed")
 TAILS = ("carry", "drop")
 FAULT_POLICIES = ("fail", "skip")
+MAX_SIZE_EXPONENT = 10
+"""So that weights of any numbers of records are finite numbers."""
 
 
 @dataclass(kw_only=True)
@@ -19,8 +22,9 @@ class SourceConfig:
     """Which field of a record is what, as {query: title, document: body}. Unset: the names that
     sentence-transformers, FlagEmbedding, tevatron, Automodel and BEIR use are recognized."""
     weight: float | None = None
-    """Share of the batches, relative to the other sources' weights. Unset for all sources: a
-    source weighs its number of records to the power of data.size_exponent."""
+    """Share of the batches, relative to the other sources' weights; of a source that weighs 0
+    nothing is read. Unset for all sources: a source weighs its number of records to the power of
+    data.size_exponent."""
     epochs: float | None = None
     """The source is left out after so many passes over it, and its share goes to the others."""
     query_prompt: str | None = None
@@ -31,6 +35,10 @@ class SourceConfig:
     """Most negatives of a record that are used; 0: none. Unset: all that it has."""
     symmetric: bool | None = None
     """Whether this source's batches are matched both ways. Unset: objective.symmetric."""
+    mask_same_id: bool = False
+    """Whether records with the same id answer the same query, however it is put: then their
+    documents are no negatives of each other's queries. false: records are told apart by their
+    places, and ids may repeat; only equal texts are left out (objective.mask_duplicates)."""
 
     def check(self, key: str, faults: Faults) -> None:
         """Note what is wrong with the source at `key`, such as data.sources.mine."""
@@ -67,6 +75,7 @@ class CurriculumConfig:
         faults.at_least(f"{key}.from_step", self.from_step, 0)
         for name, weight in self.weights.items():
             faults.at_least(f"{key}.weights.{name}", weight, 0)
+            faults.check(weight != math.inf, f"{key}.weights.{name}=inf must be a finite number")
         for side in ("query", "document"):
             if (tokens := getattr(self, f"{side}_max_tokens")) is not None:
                 faults.at_least(f"{key}.{side}_max_tokens", tokens, 4)
@@ -119,6 +128,10 @@ class DataConfig:
         for number, phase in enumerate(self.curriculum):
             phase.check(f"data.curriculum[{number}]", faults)
         faults.at_least("data.size_exponent", self.size_exponent, 0)
+        faults.check(
+            not self.size_exponent > MAX_SIZE_EXPONENT,
+            f"data.size_exponent={self.size_exponent} must be at most {MAX_SIZE_EXPONENT}",
+        )
         faults.one_of("data.batches", self.batches, BATCHES)
         faults.one_of("data.tail", self.tail, TAILS)
         faults.one_of("data.on_fault", self.on_fault, FAULT_POLICIES)
@@ -144,7 +157,26 @@ class DataConfig:
         limited = {name: source.epochs for name, source in self.sources.items() if source.epochs}
         return " and ".join(f"data.sources.{name}.epochs={n:g}" for name, n in limited.items())
 
+    def is_drawn(self, name: str) -> bool:
+        """Return whether a source ever has a weight above 0."""
+        return any(weights[name] != 0 for _, weights in self._weights())
+
+    def _weights(self) -> list[tuple[int, dict[str, float | None]]]:
+        """Return from which step on the sources have which weights, where these are set."""
+        now = {name: source.weight for name, source in self.sources.items()}
+        phases = [(0, now)]
+        for change in self.curriculum:
+            now = {**now, **change.weights}
+            if change.from_step == 0:
+                phases.clear()
+            phases.append((change.from_step, now))
+        return phases
+
     def _check_weights(self, faults: Faults) -> None:
+        for name, source in self.sources.items():
+            faults.check(
+                source.weight != math.inf, f"data.sources.{name}.weight=inf must be a finite number"
+            )
         without = [name for name, source in self.sources.items() if source.weight is None]
         faults.check(
             len(without) in (0, len(self.sources)),
@@ -159,12 +191,15 @@ class DataConfig:
             f"data.curriculum changes weights, and data.sources.{next(iter(without), '')}.weight "
             "is unset; give each source the weight that it starts with",
         )
-        faults.check(
-            bool(without) or not self.sources or any(s.weight for s in self.sources.values()),
-            f"{' and '.join(f'data.sources.{name}.weight' for name in self.sources)} "
-            "leave no source above 0; give one a weight",
-        )
-        by_symmetric = {source.symmetric: name for name, source in self.sources.items()}
+        named = " and ".join(f"data.sources.{name}.weight" for name in self.sources)
+        for step, weights in self._weights():
+            since = f" from step {step} on, by data.curriculum" if self.curriculum else ""
+            faults.check(
+                not weights or any(weight != 0 for weight in weights.values()),
+                f"no source has a weight above 0{since}; raise one of {named}",
+            )
+        drawn = {name: one for name, one in self.sources.items() if self.is_drawn(name)}
+        by_symmetric = {source.symmetric: name for name, source in drawn.items()}
         faults.check(
             self.batches != "mixed" or len(by_symmetric) <= 1,
             f"{' and '.join(f'data.sources.{name}.symmetric' for name in by_symmetric.values())} "

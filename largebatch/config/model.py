@@ -124,5 +124,6 @@ class ObjectiveConfig:
     symmetric: bool = False
     """Whether documents must also find their query among all queries (as in CLIP and GTE)."""
     mask_duplicates: bool = True
-    """Whether columns that the batch itself shows to answer a query (the same text, query or
-    record, on any rank) are left out of its negatives."""
+    """Whether columns that the batch itself shows to answer a query (the same text or query on any
+    rank; the same id, where data.sources.NAME.mask_same_id says so) are left out of its negatives.
+    train/masked_share is how many these are."""

@@ -150,7 +150,8 @@ class LoggerConfig:
     plots: bool = True
     """Whether plots/*.png are drawn at the end."""
     records: bool = False
-    """Whether the ids of each step's records are written to records/ in the run folder."""
+    """Whether the ids of each step's records are written to records/ in the run folder, with their
+    places (segment of the source, number in it), which tell them apart where ids repeat."""
 
     def __post_init__(self) -> None:
         faults = Faults()
@@ -327,5 +328,9 @@ class TrainConfig:
             faults.check(
                 bool(source.urls) and all(source.urls),
                 f"{key} is empty; name its shards: {key}=[shards/]",
+            )
+            faults.check(
+                self.objective.mask_duplicates or not source.mask_same_id,
+                f"data.sources.{name}.mask_same_id=true needs objective.mask_duplicates=true",
             )
         faults.finish()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from largebatch.config import ShardConfig
 from largebatch.curate.rows import Input, Row, read_rows
+from largebatch.data.ids import IdCounter, RepeatedIds
 from largebatch.data.records import (
     NEGATIVES,
     FieldNames,
@@ -44,6 +45,8 @@ class Counts(NamedTuple):
     """Tar files."""
     num_bytes: int
     """Their size."""
+    repeated_ids: RepeatedIds
+    """Ids that several of the written records carry."""
 
 
 def convert(
@@ -57,7 +60,9 @@ def convert(
 
     Fields of a row that are no part of the pair are kept beside it, under their own names, or
     under `input_NAME` where a reader of the shards would take them for a part of the pair.
-    Duplicates are told by a 16-byte hash of query and document: about 100 bytes of memory a pair.
+    Duplicates are told by a 16-byte hash of query and document: about 100 bytes of memory a pair;
+    ids that repeat by a hash of 8 bytes. A record without a source is of its input's, and one
+    without an id gets that name and the number of the row among those of all inputs.
     `on_bytes` is as in `read_rows`; `on_row` is called for each row.
 
     Raises UserError if shards are there already (without `config.overwrite`), for a row that
@@ -69,13 +74,14 @@ def convert(
             f"output_dir={folder} holds shards already; set overwrite=true to replace them, or "
             "choose another folder"
         )
-    default_source = config.source or inputs[0].name
+    ids = IdCounter()
     seen: set[bytes] = set()
     rows = ignored_positives = 0
     with ShardWriter(
         folder, records_per_shard=config.records_per_shard, layout=config.layout
     ) as writer:
         for source in inputs:
+            default_source = config.source or source.name
             for row in read_rows(source, split=config.split, on_bytes=on_bytes):
                 rows += 1
                 on_row()
@@ -96,7 +102,11 @@ def convert(
                 ignored_positives += len(positives) - 1
                 kept_source = record.source or default_source
                 extra = extra_fields(row, names, uses_source=record.source != config.source)
-                writer.write(record._replace(source=kept_source), extra)
+                try:
+                    writer.write(record._replace(source=kept_source), extra)
+                except UserError as error:  # names the record by its id, which others may have too
+                    raise UserError(f"{row.where}: {error}") from None
+                ids.add(record.id)
         dropped = {reason: writer.dropped[reason] for reason in REASONS}
         if not writer.num_records:
             raise UserError(
@@ -105,7 +115,15 @@ def convert(
             )
     index = ShardIndex.load(folder)
     num_bytes = sum(shard.num_bytes for shard in index.shards)
-    return Counts(rows, index.num_records, dropped, ignored_positives, len(index.shards), num_bytes)
+    return Counts(
+        rows,
+        index.num_records,
+        dropped,
+        ignored_positives,
+        len(index.shards),
+        num_bytes,
+        ids.repeated(),
+    )
 
 
 def _reason_to_drop(record: Record, config: ShardConfig, seen: set[bytes]) -> str | None:

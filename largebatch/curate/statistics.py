@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from largebatch.curate.preview import count_tokens
+from largebatch.data.ids import IdCounter, RepeatedIds
 from largebatch.data.records import Record
 from largebatch.data.schedule import Schedule
 from largebatch.data.source import Source
@@ -50,6 +51,8 @@ class SourceSample(NamedTuple):
     """`[num_usable]` hashes of the pair, the query and the document of each record."""
     examples: list[Record]
     """A few records from all over the sample."""
+    repeated_ids: RepeatedIds = RepeatedIds()
+    """Ids that several of the usable records carry."""
 
 
 class Duplicates(NamedTuple):
@@ -95,7 +98,7 @@ def source_shares(
         columns = {
             "wanted": _mean_shares(schedule, num_steps),
             "realized": given / given.sum(),
-            "epochs": given / schedule.epoch_records,
+            "epochs": schedule.epochs(num_steps),
             "left_out": schedule.left_out(),
         }
         for number, part in enumerate(parts):
@@ -139,6 +142,7 @@ def sample_source(
     tokens = {side: array("i") for side in SIDES}
     keys = {kind: array("Q") for kind in KINDS_OF_DUPLICATES}
     examples: list[Record] = []
+    ids = IdCounter()
     num_with_negatives = 0
     plan = choose_records(source.segment_sizes, most_records)
     examples_of = Counter(i * len(plan) // num_examples for i in range(num_examples))
@@ -159,6 +163,7 @@ def sample_source(
             keys["pair"].append(_hash(record.query, record.document))
             keys["query"].append(_hash(record.query))
             keys["document"].append(_hash(record.document))
+            ids.add(record.id)
             num_with_negatives += bool(record.negatives[: source.max_negatives])
         examples += records[: examples_of[place]]
         on_segment(int(source.segments.num_bytes[number]))
@@ -175,6 +180,7 @@ def sample_source(
         else {side: np.array(tokens[side], np.int32) for side in SIDES},
         keys={kind: np.array(keys[kind], np.uint64) for kind in KINDS_OF_DUPLICATES},
         examples=examples,
+        repeated_ids=ids.repeated(),
     )
 
 

@@ -58,7 +58,7 @@ class SegmentTable(Sequence[Segment]):
     @classmethod
     def concatenate(cls, tables: Sequence["SegmentTable"]) -> Self:
         """Join tables, in order."""
-        return cls(np.concatenate([table._columns for table in tables], axis=1))
+        return cls(np.concatenate([cls.of([])._columns, *(t._columns for t in tables)], axis=1))
 
     @property
     def offsets(self) -> Int64Array:

@@ -77,7 +77,7 @@ class Record(NamedTuple):
     source: str
     """Name of the set that it is from."""
     id: str
-    """Tells it from the other records of its source."""
+    """What it is called. It may repeat within a source; a record's place does not."""
 
 
 class FieldNames(NamedTuple):
@@ -298,7 +298,7 @@ def _check_unicode(record: Record, names: FieldNames) -> None:
 
 def _id(value: Any, field: str, default_id: str) -> str:
     if isinstance(value, str):
-        return value
+        return value if value.strip() else default_id
     if value is None:
         return default_id
     if isinstance(value, bool) or not isinstance(value, int):

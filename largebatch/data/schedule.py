@@ -30,7 +30,7 @@ class SourceShape(NamedTuple):
     name: str
     """Its name, for messages."""
     segment_sizes: npt.NDArray[Any]
-    """`[S]` records of each segment."""
+    """`[S]` records of each segment; none, if no batch takes from it."""
     weight: float | None = None
     """Its weight relative to the others; None for all: their sizes decide."""
     epochs: float | None = None
@@ -70,7 +70,8 @@ class Schedule:
         size_exponent: A source without a weight weighs its number of records to this power.
         reweightings: Changes of the weights, in the order of their steps.
 
-    `num_steps` is how many batches there are, or None if they never end.
+    `num_steps` is how many batches there are, or None if they never end. A source whose weight is
+    always 0 gives nothing, and may have no records.
 
     Raises:
         UserError: A source has fewer records than a batch takes of it.
@@ -104,26 +105,31 @@ class Schedule:
         )
         self.source_records = np.array([source.segment_sizes.sum() for source in sources], np.int64)
         """`[S]` records of each source."""
-        self.epoch_records = self.source_records.copy()
-        """`[S]` records that an epoch of each source gives."""
-        if not mixed:
-            self._check_sizes(np.full(len(self.sources), global_batch))
-            if not carry:
-                self.epoch_records -= self.epoch_records % global_batch
         self.unit_rows = 1 if mixed else global_batch
         weights = self._weights(size_exponent, reweightings)
+        self.is_drawn = np.any([values for _, values in weights], axis=0)
+        """`[S]` whether each source ever has a weight above 0."""
+        self.epoch_records = np.where(self.is_drawn, self.source_records, 0)
+        """`[S]` records that an epoch of each source gives."""
+        if not mixed:
+            self._check_sizes(global_batch * self.is_drawn)
+            if not carry:
+                self.epoch_records -= self.epoch_records % global_batch
         self.mixture = Mixture(weights, most_units=self._most_units(), seed=seed)
         units = self.mixture.num_units
         self.num_steps = None if units is None else units * self.unit_rows // global_batch
         if mixed:
             for phase in self.mixture.phases:
                 self._check_sizes(np.ceil(np.array(phase.shares) * global_batch).astype(np.int64))
-        self.tapes = [
-            Tape(source.segment_sizes, epoch_records=int(records), lanes=lanes, key=(seed, number))
+        self.tapes = {
+            number: Tape(
+                source.segment_sizes, epoch_records=int(records), lanes=lanes, key=(seed, number)
+            )
             for number, (source, records) in enumerate(
                 zip(self.sources, self.epoch_records, strict=True)
             )
-        ]
+            if records
+        }
         self._batch = lru_cache(maxsize=2)(self._whole_batch)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -159,11 +165,11 @@ class Schedule:
 
     def epochs(self, step: int) -> npt.NDArray[np.float64]:
         """Return `[S]` how often each source was gone through before a step."""
-        return self.rows_given(step) / self.epoch_records
+        return self.rows_given(step) / np.maximum(self.epoch_records, 1)
 
     def left_out(self) -> IndexArray:
         """Return `[S]` records that each epoch of a source leaves out; others in each."""
-        return self.source_records - self.epoch_records
+        return np.where(self.is_drawn, self.source_records - self.epoch_records, 0)
 
     def _whole_batch(self, step: int) -> tuple[IndexArray, IndexArray]:
         """Return the source of each row and its position on that source's tape."""

@@ -37,13 +37,19 @@ class SegmentRecords(ABC):
     """The records of one segment, undecoded."""
 
     def __init__(
-        self, url: str, *, fields: Mapping[str, str], source: str, max_chars: int | None
+        self,
+        url: str,
+        *,
+        fields: Mapping[str, str],
+        source: str,
+        shard_name: str,
+        max_chars: int | None,
     ) -> None:
         self.url = url
         self.fields = dict(fields)
         self.source = source
         self.max_chars = max_chars
-        self.file = url.rpartition("/")[2]
+        self.shard_name = shard_name
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -134,7 +140,7 @@ class PackedRecords(SegmentRecords):
         return f"{self.url}: member {self._name!r} at byte {self._offset} (line {number + 1})"
 
     def _default_id(self, number: int) -> str:
-        return f"{self.file}:{self._key}:{number + 1}"
+        return f"{self.shard_name}:{self._key}:{number + 1}"
 
 
 class SampleRecords(SegmentRecords):
@@ -212,7 +218,7 @@ class SampleRecords(SegmentRecords):
 
     def _default_id(self, number: int) -> str:
         key, _ = split_name(self._names[self._firsts[number]])
-        return f"{self.file}:{key}"
+        return f"{self.shard_name}:{key}"
 
 
 def read_segment(
@@ -221,13 +227,14 @@ def read_segment(
     *,
     fields: Mapping[str, str],
     source: str,
+    shard_name: str | None = None,
     max_chars: int | None = None,
     retries: Retries = DEFAULT_RETRIES,
 ) -> SegmentRecords:
     """Read one segment of the shard at `url`, by byte range, without decoding its records.
 
     `fields` and `source` are as in `record_from_mapping`. A record without an id gets `FILE:KEY`,
-    and in a packed member `FILE:KEY:LINE`.
+    and in a packed member `FILE:KEY:LINE`; FILE is `shard_name`, where that is given.
 
     Raises DataError, naming the shard, the bytes and as far as possible the member, if the segment
     as a whole can't be used: it can't be read, is not what was indexed, or holds something that
@@ -253,7 +260,12 @@ def read_segment(
             f"{segment.offset:,} on; it is cut off: put a whole copy in its place, or {_REINDEX}",
             kind="truncated",
         )
-    options = {"fields": fields, "source": source, "max_chars": max_chars}
+    options = {
+        "fields": fields,
+        "source": source,
+        "shard_name": shard_name or url.rpartition("/")[2],
+        "max_chars": max_chars,
+    }
     if segment.crc32 >= 0 and (crc32 := zlib.crc32(data)) != segment.crc32:
         detail = _first_fault(url, segment, data, options)
         raise DataError(

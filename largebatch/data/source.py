@@ -36,10 +36,14 @@ class Source(NamedTuple):
     """Most negatives of a record that are used."""
     symmetric: bool | None = None
     """Whether its batches are matched both ways; None: as the loss says."""
+    mask_same_id: bool = False
+    """Whether records with the same id answer the same query."""
     max_chars: int | None = None
     """Longest text that is no fault."""
     retries: Retries = DEFAULT_RETRIES
     """How often a remote read is tried."""
+    shard_names: Sequence[str] = ()
+    """What its shards are called in the ids of records without one."""
 
     @classmethod
     def of_shards(
@@ -51,12 +55,16 @@ class Source(NamedTuple):
     ) -> Self:
         """List the segments of shards; `options` are further fields of the source."""
         tables = [shard.segments for _, shard in shards]
+        files = [shard.file for _, shard in shards]
+        # Shards of several folders may have the same name.
+        is_unique = len(set(files)) == len(files)
         return cls(
             name,
             [url for url, _ in shards],
-            np.repeat(np.arange(len(tables)), [len(table) for table in tables]),
+            np.repeat(np.arange(len(tables)), np.array([len(table) for table in tables], np.int64)),
             SegmentTable.concatenate(tables),
             fields,
+            shard_names=files if is_unique else [url for url, _ in shards],
             **options,
         )
 
@@ -80,6 +88,7 @@ class Source(NamedTuple):
             self.segments[number],
             fields=self.fields,
             source=self.name,
+            shard_name=self.shard_names[int(self.shard_of_segment[number])],
             max_chars=self.max_chars,
             retries=self.retries,
         )

@@ -164,6 +164,7 @@ class _BatchMaker:
 
     def batch(self, step: int, rows: range) -> RankBatch:
         found = self.reader.read(step, rows)
+        usable = [i for i, record in enumerate(found) if isinstance(record, Record)]
         records = [record for record in found if isinstance(record, Record)]
         sources = self.reader.sources
         by_name = {source.name: source for source in sources}
@@ -189,16 +190,29 @@ class _BatchMaker:
             ],
             text.document_max_tokens,
         )
+        ids = [f"{record.source}/{record.id}" for record in records]
+        place = self.reader.schedule.rows(step, rows)
+        # Of the schedule, not of the rows: a rank whose rows are all holes must know it too.
         number = self.reader.schedule.source_of(step)
+        same_ids = None
+        if any(
+            source.mask_same_id for source in (sources if number is None else [sources[number]])
+        ):
+            # Other records' ids have a slash in them, so that none is taken for a row.
+            same_ids = [
+                name if source.mask_same_id else f"row {rows[i]}"
+                for name, source, i in zip(ids, source_of, usable, strict=True)
+            ]
         return RankBatch(
             step=step,
-            ids=[f"{record.source}/{record.id}" for record in records],
+            ids=ids,
             queries=queries,
             documents=documents,
             negatives=negatives,
             num_truncated=cut_queries + cut_documents + cut_negatives,
-            # Of the schedule, not of the rows: a rank whose rows are all holes must know it too.
             symmetric=sources[0 if number is None else number].symmetric,
+            same_ids=same_ids,
+            places=[(int(place.segments[i]), int(place.offsets[i])) for i in usable],
             num_holes=len(found) - len(records),
             new_holes=[hole for hole in found if isinstance(hole, Hole)],
         )
@@ -266,6 +280,10 @@ def _join(parts: list[RankBatch]) -> RankBatch:
         negatives=Texts.concatenate([part.negatives for part in parts]),
         num_truncated=sum(part.num_truncated for part in parts),
         symmetric=parts[0].symmetric,
+        same_ids=None
+        if parts[0].same_ids is None
+        else [name for part in parts for name in part.same_ids or ()],
+        places=[place for part in parts for place in part.places],
         num_holes=sum(part.num_holes for part in parts),
         new_holes=[hole for part in parts for hole in part.new_holes],
     )

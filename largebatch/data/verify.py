@@ -1,20 +1,36 @@
 """Checks shards against their index."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from largebatch.data.ids import IdCounter, tell_repeated
 from largebatch.data.index import INDEX_NAME, Shard, ShardIndex
 from largebatch.data.scan import OnBytes, run_on_shards, scan_shard
 from largebatch.data.segment import read_segment
 from largebatch.errors import DataError
 
 
+class _Found(NamedTuple):
+    """What is in a shard."""
+
+    problems: list[str]
+    """What is wrong with it."""
+    ids: IdCounter
+    """The ids of its usable records."""
+
+
 def verify(
-    folder: Path, *, fields: Mapping[str, str], workers: int = 1, on_bytes: OnBytes
+    folder: Path,
+    *,
+    fields: Mapping[str, str],
+    workers: int = 1,
+    on_bytes: OnBytes,
+    on_note: Callable[[str], object] = lambda _: None,
 ) -> list[str]:
     """Check the shards in a folder against its index and return all that is wrong.
 
@@ -22,6 +38,7 @@ def verify(
     as indexed, that each record decodes (`fields` as in `record_from_mapping`) and has a query
     and a document, and that no tar file is there that the index doesn't list. Records with the
     same kind of fault are one problem per shard, which tells their number and the first of them.
+    `on_note` is called with what is no problem and should be known: that ids repeat.
     `workers` and `on_bytes` are as in `build_index`. Raises UserError if there is no index, or if
     it is damaged.
     """
@@ -31,7 +48,12 @@ def verify(
         path: partial(_verify_shard, path, shard, dict(fields)) for path, shard in shards.items()
     }
     found = dict(run_on_shards(tasks, workers=workers, on_bytes=on_bytes))
-    problems = [problem for path in shards for problem in found[path]]
+    problems = [problem for path in shards for problem in found[path].problems]
+    ids = IdCounter()
+    for one in found.values():
+        ids.add_all(one.ids)
+    if (repeated := ids.repeated()).num_ids:
+        on_note(tell_repeated(repeated, len(ids)))
     problems += [
         f"{path} is not listed in {INDEX_NAME}"
         for path in sorted(folder.glob("*.tar"))
@@ -42,15 +64,14 @@ def verify(
     return problems
 
 
-def _verify_shard(
-    path: Path, shard: Shard, fields: Mapping[str, str], on_bytes: OnBytes
-) -> list[str]:
+def _verify_shard(path: Path, shard: Shard, fields: Mapping[str, str], on_bytes: OnBytes) -> _Found:
+    ids = IdCounter()
     if not path.is_file():
-        return [f"{path} is missing"]
+        return _Found([f"{path} is missing"], ids)
     try:
         actual = scan_shard(path, on_bytes=on_bytes)
     except DataError as error:
-        return [str(error)]
+        return _Found([str(error)], ids)
     problems = [
         f"{path}: {name} is {getattr(actual, name)}, and the index says {getattr(shard, name)}"
         for name in ("num_bytes", "sha256", "num_records")
@@ -65,17 +86,17 @@ def _verify_shard(
         try:
             records = read_segment(str(path), segment, fields=fields, source="")
         except DataError as error:
-            return [*problems, str(error)]
+            return _Found([*problems, str(error)], ids)
         for number in range(len(records)):
             try:
-                records.record(number)
+                ids.add(records.record(number).id)
             except DataError as error:
                 first.setdefault(error.kind, str(error))
                 counts[error.kind] += 1
     for kind, message in first.items():
         others = f" (and {counts[kind] - 1:,} more records)" if counts[kind] > 1 else ""
         problems.append(message + others)
-    return problems
+    return _Found(problems, ids)
 
 
 def _fault_of_segments(actual: Shard, indexed: Shard) -> str | None:

@@ -47,8 +47,9 @@ class InfoNCE(NamedTuple):
     """`[b]` bool, whether no document scores above the query's own; false negatives don't count.
     Has no gradient."""
     totals: Tensor
-    """`[2]`, the loss summed over all ranks' rows, and how many of them are correct; the same on
-    all ranks. Has no gradient."""
+    """`[4]`, summed over all ranks' rows: the loss, the correct rows, the negatives that are left
+    out as false ones, and the rows that have no negative; the same on all ranks. Has no gradient.
+    """
 
 
 def info_nce(
@@ -178,6 +179,7 @@ class _TiledInfoNCE(torch.autograd.Function):
         best_other_b = queries_bd.new_full((b,), -torch.inf, dtype=dtype)
         positive_b = queries_bd.new_zeros(b, dtype=dtype)
         column_others_m = queries_bd.new_full((m if symmetric else 0,), -torch.inf, dtype=dtype)
+        masked = queries_bd.new_zeros((), dtype=dtype)
         logit_scale = scale.to(dtype)
         buffers = _Buffers(2, min(b, tile) * min(m, tile), positive_b)
         for rows in _slices(b, tile):
@@ -186,7 +188,9 @@ class _TiledInfoNCE(torch.autograd.Function):
                 logits, spare = buffers.of_tile(rows, columns)
                 torch.mm(scaled, documents_md[columns].to(dtype).T, out=logits)
                 if false_negatives is not None:
-                    false_negatives.fill_(logits, rows, columns, -torch.inf)
+                    mask = false_negatives.fill_(logits, rows, columns, -torch.inf)
+                    if mask is not None:
+                        masked += mask.sum()
                 index, inside = _positives_in_tile(positives_b[rows], columns)
                 own = logits.gather(1, index).squeeze(1)
                 positive_b[rows] = torch.where(inside, own, positive_b[rows])
@@ -201,7 +205,8 @@ class _TiledInfoNCE(torch.autograd.Function):
         margin_b = row_others_b - positive_b
         loss_sum = _softplus(margin_b).sum()
         share_of_others_b = torch.sigmoid(margin_b)
-        totals = torch.stack([loss_sum, correct_b.sum().to(dtype)])
+        without_negatives = row_others_b.isneginf().sum().to(dtype)
+        totals = torch.stack([loss_sum, correct_b.sum().to(dtype), masked, without_negatives])
         # Each column's own query is one rank's row; the highest over ranks finds it.
         column_own_m = torch.full_like(column_others_m, -torch.inf)
         if symmetric:
@@ -215,7 +220,7 @@ class _TiledInfoNCE(torch.autograd.Function):
             # What columns lose over all ranks every rank can tell by now.
             losses_m = _softplus(column_others_m - column_own_m)
             of_columns = torch.where(column_own_m.isneginf(), 0, losses_m).sum()
-            totals = torch.stack([(totals[0] + of_columns) / 2, totals[1]])
+            totals = torch.cat([(totals[:1] + of_columns) / 2, totals[1:]])
         ctx.save_for_backward(
             queries_bd, documents_md, scale, positives_b, positive_b,
             torch.logaddexp(row_others_b, positive_b), share_of_others_b,

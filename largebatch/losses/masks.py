@@ -3,7 +3,8 @@
 A batch says of each of its pairs that the document answers the query. What it says holds wherever
 the two texts stand in it. So a column is no negative of a query if its text is
 
-- the document of the query, or of any query with the same text or from the same record, or
+- the document of the query, or of any query with the same text or, where ids mean it, the same id,
+  or
 - the query's own text.
 
 The slow version, for query i and column j (which is not i's own document):
@@ -44,7 +45,7 @@ class PairHashes(NamedTuple):
     negatives: Hashes
     """`[n]`"""
     ids: Hashes | None = None
-    """`[b]`, hashes of the records' ids; None: nobody knows them."""
+    """`[b]`, hashes that are equal where records answer the same query; None: only texts tell."""
 
 
 class FalseNegatives:
@@ -132,10 +133,12 @@ class FalseNegatives:
         mask_rc &= columns_c != self._own_columns[chosen_r, None]
         return self._rows[chosen_r, None] - rows.start, columns_c - columns.start, mask_rc
 
-    def fill_(self, tile_rc: Tensor, rows: slice, columns: slice, value: float) -> None:
-        """Overwrite what is masked in a tile."""
+    def fill_(self, tile_rc: Tensor, rows: slice, columns: slice, value: float) -> Tensor | None:
+        """Overwrite what is masked in a tile; return the mask of a part of it; None: nothing is."""
         part = self.in_tile(rows, columns)
-        if part is not None:
-            row_index, column_index, mask = part
-            chosen = tile_rc[row_index, column_index]
-            tile_rc[row_index, column_index] = chosen.masked_fill_(mask, value)
+        if part is None:
+            return None
+        row_index, column_index, mask = part
+        chosen = tile_rc[row_index, column_index]
+        tile_rc[row_index, column_index] = chosen.masked_fill_(mask, value)
+        return mask

@@ -31,7 +31,7 @@ TOKENIZER_RECORDS = 100_000
 
 
 def build_sources(config: TrainConfig) -> list[Source]:
-    """Find the shards of the run's sources.
+    """Find the shards of the run's sources; of one that no batch takes from, none.
 
     Raises:
         UserError: There are none, or they can't be used.
@@ -41,12 +41,15 @@ def build_sources(config: TrainConfig) -> list[Source]:
     return [
         Source.of_shards(
             name,
-            resolve_source(source.urls, check_present=data.on_fault == "fail", retries=retries),
+            resolve_source(source.urls, check_present=data.on_fault == "fail", retries=retries)
+            if data.is_drawn(name)
+            else [],
             source.fields,
             query_prompt=source.query_prompt,
             document_prompt=source.document_prompt,
             max_negatives=source.max_negatives,
             symmetric=source.symmetric,
+            mask_same_id=source.mask_same_id,
             max_chars=data.max_chars,
             retries=retries,
         )

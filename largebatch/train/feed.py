@@ -13,6 +13,7 @@ from largebatch.data.stream import Stream
 from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
 from largebatch.train.build import build_schedule, build_sources, text_phases
+from largebatch.train.metrics import MaskedStep
 from largebatch.world import World
 
 SHARE_OF_AT_LEAST = 1_000_000
@@ -56,8 +57,12 @@ class Feed:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """A hash of each source's index."""
-        return {source.name: source.fingerprint() for source in self.sources}
+        """A hash of the index of each source that batches take from."""
+        return {
+            source.name: source.fingerprint()
+            for source, is_drawn in zip(self.sources, self.schedule.is_drawn, strict=True)
+            if is_drawn
+        }
 
     def check_same_data(self, saved: dict[str, str]) -> None:
         """Check that the shards are those that the run began with.
@@ -65,9 +70,8 @@ class Feed:
         Raises:
             UserError: Those of a source are not; names it.
         """
-        now = self.fingerprints
-        for name, fingerprint in saved.items():
-            if now.get(name) != fingerprint:
+        for name, fingerprint in self.fingerprints.items():
+            if saved.get(name) != fingerprint:
                 raise UserError(
                     f"the shards of data.sources.{name} are not those that {self.folder} was "
                     "trained on so far (another index.json); bring them back, or choose another "
@@ -98,7 +102,9 @@ class Feed:
         for batch in stream.batches(self.first_step, self.config.max_steps):
             self._holes.add(batch.new_holes)
             if self.config.logger.records:
-                self._records.append([{"step": batch.step, "records": batch.ids}])
+                self._records.append(
+                    [{"step": batch.step, "records": batch.ids, "places": batch.places}]
+                )
             yield batch
 
     def count_skipped(self, step: int, skipped: int) -> None:
@@ -117,6 +123,28 @@ class Feed:
                 f"({most:,.0f}); see {self.folder / 'holes'}, mend the shards, or raise the option"
             )
 
+    def tell_masked(self, masked: MaskedStep) -> str:
+        """Say which source a batch is from that has lost many negatives, and what can be done."""
+        number = self.schedule.source_of(masked.step - 1)
+        sources = [
+            source
+            for i, source in enumerate(self.sources)
+            if i == number or (number is None and self.schedule.is_drawn[i])
+        ]
+        by_id = [source.name for source in sources if source.mask_same_id]
+        return (
+            f"warning: step {masked.step}: {masked.masked_share:.1%} of the negatives in its batch "
+            f"(source {', '.join(source.name for source in sources)}) are left out as false ones, "
+            f"and {masked.without_negatives:.1%} of its queries have none left: many of its "
+            f"records have the same query, document{' or id' if by_id else ''}; "
+            + "".join(
+                f"set data.sources.{name}.mask_same_id=false if its ids repeat without a meaning, "
+                for name in by_id
+            )
+            + "leave out what repeats (`largebatch data stats` counts it, `largebatch dedup` finds "
+            "it), or give such a source less weight; train/masked_share is logged for every step"
+        )
+
     def metrics(self, step: int) -> dict[str, float]:
         """Return how much of each source was given before `step`, beside what was wanted."""
         given = self.schedule.rows_given(step)
@@ -126,7 +154,7 @@ class Feed:
         }
         if len(self.sources) > 1:
             shares = self.schedule.shares(max(step - 1, 0))
-            epochs = given / self.schedule.epoch_records
+            epochs = self.schedule.epochs(step)
             for number, source in enumerate(self.sources):
                 values |= {
                     f"mix/{source.name}/share": given[number] / max(given.sum(), 1),
@@ -139,13 +167,15 @@ class Feed:
         """Tell what the data is and how long it lasts."""
         schedule, config = self.schedule, self.config
         stop = config.max_steps
-        given = schedule.rows_given(stop)
-        epochs = given / schedule.epoch_records
+        given, epochs = schedule.rows_given(stop), schedule.epochs(stop)
         lines = [
             f"data: {schedule.num_records:,} records, global batch {config.global_batch:,} "
             f"({config.data.batches}), {given.sum() / schedule.epoch_records.sum():.1f} epochs"
         ]
         for number, source in enumerate(self.sources):
+            if not schedule.is_drawn[number]:
+                lines.append(f"  {source.name}: weight 0, so that nothing of it is read")
+                continue
             left_out = int(schedule.left_out()[number])
             lines.append(
                 f"  {source.name}: {schedule.source_records[number]:,} records, "

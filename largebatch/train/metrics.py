@@ -1,9 +1,10 @@
 """Numbers of a run between two entries of its log."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +20,19 @@ from largebatch.train.step import StepResult
 
 SMALL_TEMPERATURE = 1e-4
 """Below this, products of unit vectors over the temperature are beyond what training is for."""
+MUCH_MASKED = 0.1
+"""Share of a batch's negatives that a person is told of when it is left out."""
+
+
+class MaskedStep(NamedTuple):
+    """A step whose batch has lost many of its negatives."""
+
+    step: int
+    """Its number, from 1."""
+    masked_share: float
+    """Share of the negatives that is left out as false ones."""
+    without_negatives: float
+    """Share of the queries that have none left."""
 
 
 class StepMeter:
@@ -44,6 +58,8 @@ class StepMeter:
         self._clock_s = time.perf_counter() - elapsed_before_s
         self.num_skipped = 0
         """Pairs that all ranks skipped in what `read` read last."""
+        self.masked: MaskedStep | None = None
+        """The first step in what `read` read last whose batch has lost many negatives."""
         self._start()
 
     def _start(self) -> None:
@@ -99,6 +115,9 @@ class StepMeter:
             step, losses.tolist(), norms.tolist(), finite.tolist(), loss.temperature.value
         )
         accuracy = torch.stack([report.accuracy for report in reports]).double().mean().item()
+        masked = torch.stack([report.masked_share for report in reports]).double().tolist()
+        without = torch.stack([report.without_negatives for report in reports]).double().tolist()
+        self.masked = _first_masked(step - len(reports) + 1, masked, without)
         duration_s = time.perf_counter() - self._since_s
         counts = [
             sum(report.num_tokens for report in reports),
@@ -124,6 +143,7 @@ class StepMeter:
         values = {
             "train/loss": losses.mean().item(),
             "train/accuracy": accuracy,
+            "train/masked_share": sum(masked) / len(masked),
             "train/temperature": loss.temperature.value,
             "train/lr": self._results[-1].learning_rate,
             "train/grad_norm": norms.mean().item(),
@@ -198,3 +218,13 @@ class StepMeter:
                 f"no step was taken before, so look at the weights that the run began with{other}"
             )
         return f"lower optim.lr{other}"
+
+
+def _first_masked(
+    first_step: int, masked: Sequence[float], without: Sequence[float]
+) -> MaskedStep | None:
+    for step, (share, none_left) in enumerate(zip(masked, without, strict=True), first_step):
+        # A single pair has no negatives either, and nothing was left out.
+        if share >= MUCH_MASKED or (share > 0 and none_left > 0):
+            return MaskedStep(step, share, none_left)
+    return None

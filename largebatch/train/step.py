@@ -44,7 +44,7 @@ def train_step(
         batch.documents,
         batch.negatives,
         symmetric=batch.symmetric,
-        ids=batch.ids,
+        ids=batch.same_ids,
     )
     with phase("optimizer"):
         grad_norm = strategy.clip_gradients(config.optim.clip_norm)

@@ -1,6 +1,7 @@
 """The training run: build the parts, resume, loop, and leave a scored, loadable model behind."""
 
 import json
+import logging
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -43,6 +44,8 @@ from largebatch.train.process import connected
 from largebatch.train.report import print_lines, print_result
 from largebatch.train.resume import check_same_run
 from largebatch.train.step import train_step
+
+log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> None:
@@ -157,6 +160,7 @@ class _Run:
         save_every = config.checkpoint.every_steps or max(config.max_steps // 10, 1)
         meter = StepMeter(self.device, self.collectives, config, self.elapsed_before_s)
         batches = self.feed.batches(self.encoder.tokenizer, self.encoder.text)
+        told_masked = False
         for step in range(self.first_step + 1, config.max_steps + 1):
             with meter.waiting_for_data(), phase("data"):
                 batch = next(batches)
@@ -178,6 +182,9 @@ class _Run:
                 # checkpoint, so that none ever holds weights that are not finite.
                 values = meter.read(step, self.strategy, self.strategy.loss)
                 self.feed.count_skipped(step, meter.num_skipped)
+                if meter.masked is not None and self.world.is_main and not told_masked:
+                    told_masked = True
+                    log.warning("%s", self.feed.tell_masked(meter.masked))
                 self._log(step, values | self.feed.metrics(step))
             improved = False
             if evaluates:

@@ -110,7 +110,8 @@ def parts_of_rank(rank, size):
 
 
 def objective_on_rank(symmetric, mask_duplicates=True, steps=1, with_hashes=True):
-    """Return loss, accuracy, gradients of this rank's rows, and the collectives of each step."""
+    """Return loss, accuracy, gradients of this rank's rows, the shares of negatives that are masked
+    and of queries that have none, and the collectives of each step."""
     collectives = Collectives()
     world = collectives.world
     loss = ContrastiveLoss(
@@ -148,6 +149,7 @@ def objective_on_rank(symmetric, mask_duplicates=True, steps=1, with_hashes=True
         float(value.loss),
         float(value.accuracy),
         [*gradients, loss.temperature.log_scale.grad],
+        (float(value.masked_share), float(value.without_negatives)),
         per_step,
     )
 
@@ -175,10 +177,15 @@ def difference(results, expected):
 @pytest.mark.parametrize("size", [1, 2, 4, 16])
 def test_planted_duplicates_are_not_counted(size, symmetric):
     expected = reference(symmetric=symmetric)
-    assert difference(run(size, symmetric), expected) < 1e-12
+    results = run(size, symmetric)
+    assert difference(results, expected) < 1e-12
     assert expected[2].sum() > 12
+    candidates = NUM_PAIRS * (NUM_PAIRS + NUM_NEGATIVES - 1)
+    for *_, shares, _ in results:
+        assert shares == (pytest.approx(int(expected[2].sum()) / candidates), 0)
     # The comparison would see them: without masks it is another loss.
     unmasked = run(size, symmetric, False)
+    assert unmasked[-1][3] == (0, 0)
     assert difference(unmasked, expected) > 1e-2
     assert difference(unmasked, reference(symmetric=symmetric, masked=False)) < 1e-12
     assert difference(run(size, symmetric, True, 1, False), expected) > 1e-2

@@ -347,3 +347,29 @@ def test_composes_as_train_does(capsys):
     # Another command's schema, known by then under the same name, does not stay.
     assert app.main(["train", "step=1"]) == 1
     assert "step is not an option" in capsys.readouterr().err
+
+
+def test_a_source_that_weighs_nothing_is_told_and_not_read(folder, capsys):
+    options = ["data.sources.a.weight=1", "data.sources.b.weight=0", "data.sources.b.urls=[away]"]
+    out, _ = run(capsys, "show", *OPTIONS, *options, "rows=1")
+    row = next(line for line in out.splitlines() if " b " in line)
+    assert "0.0%" in row
+    out, _ = run(capsys, "stats", *OPTIONS, *options, "stats_dir=stats", "sample=0")
+    stats = json.loads((folder / "stats/stats.json").read_text())["sources"]
+    assert (stats["a"]["realized"], stats["b"]["realized"], stats["b"]["epochs"]) == (1, 0, 0)
+    assert stats["b"]["sampled"] == 0
+
+
+@pytest.mark.parametrize("mask_same_id", ["false", "true"])
+def test_stats_count_ids_that_repeat(folder, capsys, mask_same_id):
+    with ShardWriter(folder / "a", records_per_shard=50) as writer:
+        for number in range(60):
+            writer.write(record(number, id=str(number % 50)))
+    options = [f"data.sources.a.mask_same_id={mask_same_id}", "data.batches=mixed"]
+    out, _ = run(capsys, "stats", *OPTIONS, *options, "stats_dir=stats", "sample=0")
+    stats = json.loads((folder / "stats/stats.json").read_text())["sources"]
+    assert stats["a"]["repeated_ids"] == {"ids": 10, "records": 20}
+    assert stats["b"]["repeated_ids"] == {"ids": 0, "records": 0}
+    lines = [line for line in out.splitlines() if "have an id that others have too" in line]
+    assert len(lines) == (mask_same_id == "false")  # on purpose, it is no news
+    assert all(line.startswith("a: 20 of 60 ") and "repeat: 10)" in line for line in lines)

@@ -80,3 +80,16 @@ def test_a_folder_is_indexed_and_several_are_verified(shards, capsys, tmp_path):
         index.run(IndexConfig(shards=[str(tmp_path / "empty")]))
     with pytest.raises(UserError, match="no such file or folder"):
         index.run(IndexConfig(shards=[str(tmp_path / "nowhere")]))
+
+
+def test_shard_and_verify_tell_ids_that_repeat(tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"id": i % 3, "query": f"q{i}", "document": f"d{i}"} for i in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shard.run(ShardConfig(input=[str(path)], output_dir=str(tmp_path / "out")))
+    note = "4 of 5 records have an id that others have too (ids that repeat: 2)"
+    assert f"note: {note}" in capsys.readouterr().out
+    verify.run(VerifyConfig(shards=[str(tmp_path / "out")]))
+    out = capsys.readouterr().out
+    assert f"note: {tmp_path / 'out'}: {note}" in out
+    assert "as the index says" in out

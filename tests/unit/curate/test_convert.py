@@ -162,3 +162,26 @@ def test_an_input_without_a_usable_row_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"nothing is left to write of 1 rows .*, empty 1"):
         run(path, tmp_path / "out")
     assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_two_files_numbered_alike_keep_their_ids_which_are_counted(tmp_path):
+    for name in ("first", "second"):
+        rows = [{"id": n, "query": f"q{n} {name}", "document": f"d{n} {name}"} for n in range(6)]
+        write(tmp_path / f"{name}.jsonl", [*rows, {"query": f"no id {name}", "document": "d"}])
+    counts = run(tmp_path / "*.jsonl", tmp_path / "out")
+    assert counts.repeated_ids == (6, 12)
+    found = [(record.source, record.id) for record in records(tmp_path / "out")]
+    assert found == [
+        (name, record_id)
+        for name, last in (("first", "first-7"), ("second", "second-14"))
+        for record_id in [*"012345", last]
+    ]
+    assert run(tmp_path / "first.jsonl", tmp_path / "one").repeated_ids == (0, 0)
+
+
+def test_a_record_that_is_too_large_is_named_by_its_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("largebatch.data.shards.MAX_RECORD_BYTES", 100)
+    rows = [{"id": 0, "query": "q", "document": "d"}, {"id": 0, "query": "q", "document": 99 * "d"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError, match=r"a.jsonl, line 2: record '0' takes 1\d\d bytes"):
+        run(path, tmp_path / "out")

@@ -145,3 +145,8 @@ def test_what_is_no_record_is_told(mapping, fields, parts):
 def test_graded_sentences_can_be_mapped():
     row = {"sentence1": "q", "sentence2": "d", "score": 1.0}
     assert convert(row, query="sentence1", document="sentence2")[:2] == ("q", "d")
+
+
+@pytest.mark.parametrize("value", [None, "", "  "])
+def test_a_blank_id_is_none(value):
+    assert convert({"query": "q", "document": "d", "id": value}).id == "7"

@@ -245,3 +245,33 @@ GOLDEN = [
     [(3, 0), (3, 1), (0, 0), (0, 2), (2, 1), (2, 0)],
     [(3, 3), (1, 1), (1, 2), (0, 1), (3, 5), (2, 3)],
 ]
+
+
+@pytest.mark.parametrize(("mixed", "carry"), [(False, False), (False, True), (True, True)])
+def test_a_source_that_weighs_nothing_needs_no_records_and_changes_no_batch(mixed, carry):
+    def schedule(unused):
+        sources = [
+            SourceShape("a", np.array([30, 21]), 1.0),
+            SourceShape("unused", np.array(unused, np.int64), 0.0, epochs=2.0),
+            SourceShape("b", np.array([40]), 2.0),
+        ]
+        return Schedule(
+            sources, global_batch=10, seed=1, lanes=3, mixed=mixed, carry=carry,
+            reweightings=[Reweighting(7, {"a": 3.0, "unused": 0.0})],
+        )  # fmt: skip
+
+    large, small, empty = schedule([500, 500]), schedule([3]), schedule([])
+    for step in range(12):
+        assert places(large, step) == places(small, step) == places(empty, step)
+    assert empty.is_drawn.tolist() == [True, False, True]
+    for one in (large, small, empty):
+        assert one.epoch_records[1] == one.left_out()[1] == one.epochs(12)[1] == 0
+        assert one.epochs(12)[0] > 0
+
+
+def test_a_source_that_weighs_nothing_at_first_must_fill_a_batch_later():
+    sources = [SourceShape("a", np.array([50]), 1.0), SourceShape("b", np.array([3]), 0.0)]
+    with pytest.raises(UserError, match=r"source 'b' has 3 records, fewer than the rows"):
+        Schedule(
+            sources, global_batch=10, seed=1, lanes=3, reweightings=[Reweighting(5, {"b": 1.0})]
+        )

@@ -297,3 +297,45 @@ def test_lengths_change_with_the_step(source, tokenizer):
         for batch in stream(source, tokenizer, text=phases).batches(0, 4)
     ]
     assert longest == [(5, 6), (5, 6), (8, 11), (8, 11)]
+
+
+def test_ids_are_passed_on_only_where_their_source_says_that_they_mean_something(
+    tmp_path, tokenizer
+):
+    records = [record(n, id=f"q{n % 4}") for n in range(50)]
+    sources = [
+        write(tmp_path / "plain", records, "plain"),
+        write(tmp_path / "meant", records, "meant", mask_same_id=True),
+    ]
+    for step in range(4):
+        (batch,) = stream(sources, tokenizer).batches(step, step + 1)
+        (name,) = {record_id.partition("/")[0] for record_id in batch.ids}
+        assert batch.same_ids == (batch.ids if name == "meant" else None)
+    for size in (1, 2):
+        names, ids = [], []
+        for rank in range(size):
+            rank_stream = stream(
+                sources, tokenizer, world=World(rank=rank, size=size), mixed=True, workers=2
+            )
+            (batch,) = rank_stream.batches(3, 4)
+            names, ids = names + batch.same_ids, ids + batch.ids
+            assert len(batch.places) == len(batch.ids)
+        of_plain = [name for name, own in zip(names, ids, strict=True) if own.startswith("plain")]
+        assert len(set(of_plain)) == len(of_plain) > 4  # though they have four ids
+        assert {name for name in names if "/" in name} == {f"meant/q{n}" for n in range(4)}
+
+
+def test_a_rank_of_holes_only_knows_that_ids_are_told(tmp_path, tokenizer):
+    source = write(tmp_path, map(record, range(50)), mask_same_id=True)
+    holes = {0: set(range(GLOBAL_BATCH))}
+    (batch,) = stream(source, tokenizer, skip_faults=True, known_holes=holes).batches(0, 1)
+    assert batch.same_ids == []
+
+
+def test_records_without_ids_are_told_apart_over_folders_too(tmp_path, tokenizer):
+    for name in ("a", "b"):
+        write(tmp_path / name, [record(n, id=" ") for n in range(30)])
+    urls = [str(tmp_path / name) for name in ("a", "b")]
+    source = Source.of_shards("here", resolve_source(urls), {})
+    ids = {item.id for number in range(2) for item in source.read(number)}
+    assert len(ids) == 60

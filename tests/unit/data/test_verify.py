@@ -258,3 +258,18 @@ def test_segments_that_miss_records_are_reported(samples):
 def test_an_index_without_records_is_a_problem(tmp_path):
     ShardIndex(()).save(tmp_path)
     assert problems_of(tmp_path) == [f"{tmp_path / 'index.json'} lists no records"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ids_that_repeat_are_counted_over_all_shards_and_are_no_problem(tmp_path, workers):
+    notes = []
+    with ShardWriter(tmp_path, records_per_shard=10) as writer:
+        for i in range(25):
+            writer.write(Record(f"q{i}", f"d{i}", [], "s", str(i if i < 20 else i - 20)))
+    found = verify(
+        tmp_path, fields={}, workers=workers, on_bytes=lambda _: None, on_note=notes.append
+    )
+    assert found == []
+    (note,) = notes
+    assert note.startswith("10 of 25 records have an id that others have too (ids that repeat: 5)")
+    assert "data.sources.NAME.mask_same_id=true" in note

@@ -69,6 +69,26 @@ def one_rank(queries, documents, negatives="", ids=None):
     return [[column for column, masked in enumerate(row) if masked] for row in mask]
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_what_is_masked_is_counted_and_so_are_rows_without_negatives(symmetric):
+    """Three of four records have the same document, and the fourth its own: no row but that one has
+    more than a negative left; without it, none has any."""
+    vectors = torch.nn.functional.normalize(torch.randn(4, 3, dtype=torch.float64))
+
+    def counts(documents):
+        n = len(documents)
+        hashes = [pairs("abcd"[:n], documents)]
+        found = info_nce(
+            vectors[:n], vectors[:n], torch.arange(n), torch.tensor(2.0), symmetric=symmetric,
+            false_negatives=FalseNegatives(hashes, rank=0, device=CPU), tile=2,
+        )  # fmt: skip
+        return found.totals[2:].tolist()
+
+    assert counts("xyzw") == [0, 0]
+    assert counts("xxxw") == [6, 0]
+    assert counts("xxx") == [6, 3]
+
+
 def test_nothing_twice_masks_nothing():
     assert one_rank("abc", "xyz", "uvw") == [[], [], []]
 

@@ -1,6 +1,7 @@
 """The data of a run: what is skipped, what is noted, and which shards a resumed run accepts."""
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 
@@ -184,3 +185,100 @@ def test_a_curriculum_of_lengths_and_weights_trains(tmp_path):
         for entry in metrics(tmp_path / "run")
     ]
     assert max(tokens[:3]) < min(tokens[3:])
+
+
+@pytest.mark.parametrize("batches", ["one_source", "mixed"])
+def test_of_a_source_that_weighs_nothing_nothing_is_read(tmp_path, batches):
+    run_config = config(
+        tmp_path / "data",
+        tmp_path / "run",
+        sources={
+            "good": replace(write_source(tmp_path / "data" / "good", "good"), weight=1.0),
+            "away": SourceConfig(urls=[str(tmp_path / "away")], symmetric=True, weight=0.0),
+        },
+        batches=batches,
+        on_fault="fail",
+    )
+    feed = Feed(run_config, tmp_path, World(), first_step=0)
+    assert "  away: weight 0, so that nothing of it is read" in feed.plan()
+    assert list(feed.fingerprints) == ["good"]
+    # Of a run that was begun when such a source was read too.
+    feed.check_same_data(feed.fingerprints | {"away": "its fingerprint"})
+    train_on_ranks(run_config, 1)
+    last = metrics(tmp_path / "run")[-1]
+    assert (last["mix/good/share"], last["mix/away/share"], last["mix/away/epoch"]) == (1, 0, 0)
+    assert last["train/epoch"] == STEPS * 15 / 60
+
+
+def test_all_sources_that_weigh_nothing_are_one_line():
+    def data(weight, **changes):
+        return DataConfig(sources={"a": SourceConfig(weight=weight)}, **changes)
+
+    with pytest.raises(
+        UserError, match="^no source has a weight above 0; raise one of data.sources.a.weight$"
+    ):
+        data(0.0)
+    with pytest.raises(UserError, match="weight above 0 from step 9 on, by data.curriculum;"):
+        data(1.0, curriculum=[CurriculumConfig(from_step=9, weights={"a": 0.0})])
+    data(0.0, curriculum=[CurriculumConfig(weights={"a": 1.0})])
+
+
+@pytest.mark.parametrize(
+    ("weight", "exponent", "told"),
+    [
+        (float("inf"), 1.0, r"^data.sources.a.weight=inf must be a finite number$"),
+        (None, 200.0, r"^data.size_exponent=200.0 must be at most 10$"),
+    ],
+)
+def test_weights_are_finite(weight, exponent, told):
+    with pytest.raises(UserError, match=told):
+        DataConfig(sources={"a": SourceConfig(weight=weight)}, size_exponent=exponent)
+
+
+def train_and_listen(run_config):
+    """Train, and return what is told on the way."""
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda entry: told.append(entry.getMessage())
+    trainer.log.addHandler(handler)
+    trainer.train(run_config)
+    return told
+
+
+@pytest.mark.parametrize("mask_same_id", [False, True])
+def test_ids_that_repeat_leave_no_negatives_out_unless_they_mean_it(tmp_path, mask_same_id):
+    with ShardWriter(tmp_path / "shards", records_per_shard=25) as writer:
+        for n in range(60):
+            writer.write(Record(f"query {n}", f"document {n}", [], "", "squad"))
+    source = SourceConfig(urls=[str(tmp_path / "shards")], mask_same_id=mask_same_id)
+    run_config = config(tmp_path, tmp_path / "run", sources={"one": source})
+    (told,) = run_ranks(train_and_listen, 1, run_config, init_group=False)
+    found = metrics(tmp_path / "run")
+    assert {entry["train/masked_share"] for entry in found} == {float(mask_same_id)}
+    assert all((entry["train/loss"] == 0) == mask_same_id for entry in found)
+    if not mask_same_id:
+        assert told == []
+        return
+    (message,) = told
+    assert message.startswith(
+        "warning: step 1: 100.0% of the negatives in its batch (source one) are left out as false "
+        "ones, and 100.0% of its queries have none left"
+    )
+    assert "set data.sources.one.mask_same_id=false if its ids repeat without a meaning" in message
+    # Where ids repeat, places tell records apart.
+    lines = next((tmp_path / "run" / "records").iterdir()).read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert {name for entry in entries for name in entry["records"]} == {"one/squad"}
+    assert len({tuple(place) for entry in entries[:4] for place in entry["places"]}) == 60
+
+
+def test_a_source_whose_documents_are_all_the_same_is_told_once(tmp_path):
+    with ShardWriter(tmp_path / "shards", records_per_shard=25) as writer:
+        for n in range(60):
+            writer.write(Record(f"query {n}", "spam", [], "", str(n)))
+    source = SourceConfig(urls=[str(tmp_path / "shards")])
+    run_config = config(tmp_path, tmp_path / "run", sources={"labels": source})
+    (message,), others = run_ranks(train_and_listen, 2, run_config, init_group=False)
+    assert others == []
+    assert "step 1: 100.0% of the negatives in its batch (source labels)" in message
+    assert "mask_same_id" not in message

@@ -83,3 +83,14 @@ def test_an_option_that_the_older_run_did_not_have():
     del saved["objective"]["symmetric"]
     with pytest.raises(UserError, match=r"objective\.symmetric: 'unset' -> False"):
         check_same_run(saved, asdict(CONFIG), folder="x")
+
+
+def test_a_run_from_before_an_option_goes_on_with_it():
+    saved = asdict(CONFIG)
+    del saved["data"]["sources"]["mine"]["mask_same_id"]
+    for value in (False, True):
+        sources = {"mine": SourceConfig(urls=["shards"], mask_same_id=value)}
+        now = replace(CONFIG, data=DataConfig(sources=sources))
+        check_same_run(saved, asdict(now), folder="runs/x")
+    with pytest.raises(UserError, match=r"data\.sources\.mine\.mask_same_id: False -> True"):
+        check(now)

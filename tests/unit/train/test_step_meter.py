@@ -175,7 +175,10 @@ def told_of(folder, *, step=3, finite=True, **options):
     config = replace(CONFIG, output_dir=str(folder), **options)
     meter = StepMeter(CPU, Collectives(), config, 0.0)
     infinite, no_texts = torch.tensor(torch.inf), Texts.from_lists([])
-    report = StepReport(infinite, torch.tensor(1.0), torch.tensor(finite), 0, 0, 0, 0, 4.0)
+    zero = torch.tensor(0.0)
+    report = StepReport(
+        infinite, torch.tensor(1.0), zero, zero, torch.tensor(finite), 0, 0, 0, 0, 4.0
+    )
     batch = RankBatch(step, [], no_texts, no_texts, no_texts, 0, num_holes=0)
     meter.add(batch, StepResult(report, torch.tensor(1.0), 0.1))
     parts = Parts()
@@ -207,3 +210,33 @@ def test_a_checkpoint_is_named_only_if_it_is_there(tmp_path):
         folder.mkdir(parents=True)
         (folder / "state.json").touch()
     assert "; the checkpoint of step 2 is from before it" in told_of(tmp_path)
+
+
+def masked_steps(*documents_of_steps):
+    """Return what is told of steps on two ranks whose batches have these documents."""
+    parts = Parts()
+    rank = parts.collectives.world.rank
+    for number, documents in enumerate(documents_of_steps):
+        queries = random_texts(4, longest=9, seed=number)
+        rows = part_of_rank(4, rank, parts.collectives.world.size)
+        sides = (
+            Texts.from_lists([[side[row]] if side is documents else side[row] for row in rows])
+            for side in (queries, documents)
+        )
+        batch = RankBatch(number, [""] * len(rows), *sides, Texts.from_lists([]), 0)
+        result = train_step(
+            batch, grad_cache=parts.grad_cache, strategy=parts.strategy, config=CONFIG
+        )
+        parts.meter.add(batch, result)
+    return parts.read(len(documents_of_steps))["train/masked_share"], parts.meter.masked
+
+
+def test_a_batch_that_has_lost_its_negatives_is_told():
+    different, some, all_the_same = [5, 6, 7, 8], [5, 5, 6, 7], [5, 5, 5, 5]
+    results = [masked_steps(different, some, all_the_same), masked_steps(different, different)]
+    results += run_ranks(masked_steps, 2, different, some, all_the_same)
+    assert results[1] == (0, None)
+    for share, masked in (results[0], *results[2:]):
+        assert share == pytest.approx((0 + 2 / 12 + 1) / 3)
+        assert masked == (2, pytest.approx(2 / 12), 0)
+    assert masked_steps(all_the_same)[1] == (1, 1, 1)
