@@ -1,5 +1,7 @@
 """Memory that runs out on one rank, before the passes of a step or in them: all ranks know."""
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from dist import run_ranks
@@ -26,6 +28,7 @@ from largebatch.model.keep import LEVELS
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.deepspeed_build import prepare
 from largebatch.parallel.make import make_strategy
+from largebatch.train import step as train_step_module
 from largebatch.world import part_of_rank
 
 CPU = torch.device("cpu")
@@ -138,6 +141,19 @@ def test_the_loss_ends_with_a_line(monkeypatch):
     step = GradCache(tiny_encoder(), tiny_loss(symmetric=False), tokens_per_chunk=128)
     with pytest.raises(UserError, match=r"a step ran out of memory .* a smaller global_batch"):
         step(QUERIES, DOCUMENTS)
+
+
+def test_the_optimizer_ends_with_a_line(monkeypatch):
+    def clip_gradients(_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train_step_module, "learning_rate", lambda *_, **__: 0.1)
+    parts = MagicMock()
+    parts.strategy.clip_gradients = clip_gradients
+    with pytest.raises(UserError, match="the optimizer ran out of memory.*strategy=fsdp"):
+        train_step_module.train_step(
+            parts.batch, grad_cache=parts.cache, strategy=parts.strategy, config=parts.config
+        )
 
 
 def choose_on_rank(name, limit, *, no_texts=False):
