@@ -150,7 +150,7 @@ def test_the_optimizer_ends_with_a_line(monkeypatch):
     monkeypatch.setattr(train_step_module, "learning_rate", lambda *_, **__: 0.1)
     parts = MagicMock()
     parts.strategy.clip_gradients = clip_gradients
-    with pytest.raises(UserError, match="the optimizer ran out of memory.*strategy=fsdp"):
+    with pytest.raises(UserError, match=r"the optimizer ran out of memory.*strategy=fsdp"):
         train_step_module.train_step(
             parts.batch, grad_cache=parts.cache, strategy=parts.strategy, config=parts.config
         )
