@@ -2,28 +2,29 @@
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from largebatch.batch import Texts
+from largebatch.batch import Chunk, Texts
 from largebatch.config import KEEPS
 from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
 from largebatch.model.keep import LEVELS, LevelCost, RandomState
+from largebatch.out_of_memory import ends_with, free_bytes, peak_bytes, seconds_of
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import backward as backward_locally
-from largebatch.parallel.strategy import Strategy
-from largebatch.transfer import wait_for
+from largebatch.parallel.modules import missing_bytes
+from largebatch.parallel.strategy import Backward, Strategy
 
 log = logging.getLogger(__name__)
 
 GIB = 2**30
 FREE_SHARE = 0.8
-"""Share of a GPU's free memory that `keep=auto` uses: the allocator's fragments take some."""
+"""Share of a GPU's free memory that is counted on: the allocator's fragments take some."""
 
 
 class KeepPlan(NamedTuple):
@@ -144,14 +145,16 @@ class StepMemory:
         is_given = self.keep in ("none", "all") and self.keep_gib is None
         return not is_given and self.keep_plan is None
 
-    def budget_bytes(self, encoder: Encoder, costs: dict[str, LevelCost]) -> int | None:
+    def budget_bytes(
+        self, encoder: Encoder, costs: dict[str, LevelCost], strategy: Strategy | None
+    ) -> int | None:
         """Return what may be held for the backward pass; None: as much as it takes."""
         if self.keep_gib is not None:
             return int(self.keep_gib * GIB)
         if self.keep != "auto":
             return None
         assert self.tokens_per_chunk is not None
-        return measured_budget(encoder, costs, self.tokens_per_chunk)
+        return measured_budget(encoder, costs, self.tokens_per_chunk, strategy)
 
     def levels(self, chunk_tokens: Sequence[int]) -> list[str]:
         """Return what each chunk keeps."""
@@ -193,16 +196,21 @@ class StepMemory:
         less = max((self.tokens_per_chunk or 2) // 2, 1)
         return (
             f"a step ran out of memory (tokens_per_chunk={self.tokens_per_chunk}, keep={self.keep})"
-            f": use tokens_per_chunk={less}, a lower keep or keep_gib, or shorter texts; the same "
-            "command goes on from the last checkpoint"
+            f": use tokens_per_chunk={less}, a lower keep or keep_gib, a smaller global_batch, or "
+            "shorter texts; the same command goes on from the last checkpoint"
         )
 
 
-def measured_budget(encoder: Encoder, costs: dict[str, LevelCost], tokens_per_chunk: int) -> int:
+def measured_budget(
+    encoder: Encoder,
+    costs: dict[str, LevelCost],
+    tokens_per_chunk: int,
+    strategy: Strategy | None = None,
+) -> int:
     """Return the bytes that `keep=auto` may hold on this GPU.
 
     What the rest of a step will take is left free: a chunk's own graph and as much again for its
-    gradients, and what AdamW and `.grad` have not taken yet.
+    gradients, and what `.grad` and AdamW have not taken yet on this rank.
 
     Raises:
         UserError: There is no GPU, and so nobody knows how much of the memory is ours.
@@ -212,13 +220,11 @@ def measured_budget(encoder: Encoder, costs: dict[str, LevelCost], tokens_per_ch
             "keep=auto needs keep_gib where there is no GPU: the GiB of memory that may be held "
             "for the backward pass, for example keep_gib=4"
         )
-    free, _ = torch.cuda.mem_get_info(encoder.device)
-    free += torch.cuda.memory_reserved(encoder.device)
-    free -= torch.cuda.memory_allocated(encoder.device)
-    trained = [p for p in encoder.parameters() if p.requires_grad]
-    missing = 3 * sum(p.nbytes for p in trained if p.grad is None)
+    missing = (
+        missing_bytes(list(encoder.parameters())) if strategy is None else strategy.missing_bytes()
+    )
     chunk = 2 * costs["all"].bytes_per_token * tokens_per_chunk
-    return max(int(FREE_SHARE * (free - missing - chunk)), 0)
+    return max(int(FREE_SHARE * (free_bytes(encoder.device) - missing - chunk)), 0)
 
 
 def choose_tokens_per_chunk(
@@ -241,22 +247,29 @@ def choose_tokens_per_chunk(
         tries: Passes over each chunk, of which the fastest counts.
 
     Raises:
-        UserError: Not even the smallest size fits into the memory.
+        UserError: Not even the smallest size fits into the memory; or memory ran out where ranks
+            must run alike (fsdp, ZeRO-3), for the others wait in the midst of their passes.
 
     Each size runs forward and backward passes over the longest texts and over those of middle
     length. Where a size does not fit, on any rank, the search ends with the best of those below;
-    one that is not at least 2% faster than a smaller one is not worth its memory. All ranks must
-    call it, and all get the same number.
+    one that is not at least 2% faster than a smaller one is not worth its memory. Where ranks must
+    run alike, a GPU tries a size only if all have room for it, by what the one before it took. All
+    ranks must call it, and all get the same number.
     """
     collectives = Collectives()
     state = RandomState.of(encoder.device)
     if texts.num_texts == 0:
         texts = Texts.from_lists([[encoder.pad_id]])
-    best, best_rate, size = 0, 0.0, smallest
+    alike = strategy is not None and strategy.equal_chunks
+    best, best_rate, bytes_per_token, size = 0, 0.0, 0.0, smallest
     while size <= largest:
-        rate, all_in_one = _tokens_per_s(encoder, texts, size, strategy, tries)
+        with ends_with(partial(_does_not_fit, size, best)):
+            sample = _sample(encoder, texts, size)
+            if alike and collectives.highest(not _should_fit(sample, bytes_per_token)):
+                break
+            rate, bytes_per_token = _try(encoder, sample, strategy, tries)
         # The slowest rank decides, and one that is out of memory is infinitely slow.
-        worst = torch.tensor([-rate, -float(all_in_one)], dtype=torch.float64)
+        worst = torch.tensor([-rate, -float(sample.is_all)], dtype=torch.float64)
         slowest, missing = (-collectives.max(worst)).tolist()
         if slowest > 1.02 * best_rate:
             best, best_rate = size, slowest
@@ -266,41 +279,81 @@ def choose_tokens_per_chunk(
     (strategy or encoder).zero_grad()
     state.restore()
     if best == 0:
-        raise UserError(
-            f"tokens_per_chunk=auto: not even {smallest} tokens fit into the memory; use a smaller "
-            "model or shorter texts"
-        )
+        raise UserError(_does_not_fit(smallest, best))
     log.info("tokens_per_chunk: %d (%.0f tokens/s on the slowest rank)", best, best_rate)
     return best
 
 
-def _tokens_per_s(
-    encoder: Encoder, texts: Texts, size: int, strategy: Strategy | None, tries: int
-) -> tuple[float, bool]:
-    """Return tokens per second of forward and backward passes, and whether one chunk holds all.
+def _does_not_fit(size: int, best: int) -> str:
+    if best == 0:
+        return (
+            f"tokens_per_chunk=auto: not even {size} tokens fit into the memory; use a smaller "
+            "model or shorter texts"
+        )
+    return (
+        f"tokens_per_chunk=auto: {size} tokens don't fit into the memory of a rank, which others "
+        f"wait for; use tokens_per_chunk={best}"
+    )
 
-    0 tokens per second: out of memory. Every rank runs equally many passes.
+
+class _Sample(NamedTuple):
+    """The chunks that a size is tried on."""
+
+    chunks: list[Chunk]
+    """The longest texts', and those of middle length."""
+    num_tokens: int
+    """Tokens of both, without padding."""
+    is_all: bool
+    """Whether one chunk holds all texts."""
+
+
+def _sample(encoder: Encoder, texts: Texts, size: int) -> _Sample:
+    plan, chunks = encoder.make_chunks(texts, size)
+    numbers = (0, len(chunks) // 2)
+    num_tokens = sum(int(texts.lengths[plan[number]].sum()) for number in numbers)
+    return _Sample([chunks[number] for number in numbers], max(num_tokens, 1), len(chunks) == 1)
+
+
+def _should_fit(sample: _Sample, bytes_per_token: float) -> bool:
+    device = sample.chunks[0].input_ids.device
+    if device.type != "cuda":
+        return True
+    return bytes_per_token * _most_tokens(sample) <= FREE_SHARE * free_bytes(device)
+
+
+def _try(
+    encoder: Encoder, sample: _Sample, strategy: Strategy | None, tries: int
+) -> tuple[float, float]:
+    """Return tokens per second of forward and backward passes, and the bytes that a token takes.
+
+    0 tokens per second: out of memory. Every other rank runs equally many passes; where they can't
+    go on without this one, it raises torch's error.
     """
     forward = encoder if strategy is None else strategy.encoder
-    plan, chunks = encoder.make_chunks(texts, size)
-    seconds = tokens = 0.0
+
+    def run(chunk: Chunk, backward: Backward, *, last: bool) -> None:
+        embeddings = forward(chunk)
+        backward([embeddings], [torch.ones_like(embeddings)], last=last)
+
+    seconds = 0.0
     with (
-        nullcontext(backward_locally) if strategy is None else strategy.gradient_pass() as backward
+        peak_bytes(encoder.device) as peak,
+        nullcontext(backward_locally) if strategy is None else strategy.gradient_pass() as backward,
     ):
-        for half, number in enumerate((0, len(chunks) // 2)):
-            fastest = float("inf")
+        for half, chunk in enumerate(sample.chunks):
+            fastest = math.inf
             for again in range(tries, 0, -1):
-                try:
-                    wait_for(encoder.device)
-                    start = time.perf_counter()
-                    embeddings = forward(chunks[number])
-                    last = half == 1 and again == 1
-                    backward([embeddings], [torch.ones_like(embeddings)], last=last)
-                    wait_for(encoder.device)
-                except torch.OutOfMemoryError:
-                    torch.cuda.empty_cache()
-                    return 0.0, False
-                fastest = min(fastest, time.perf_counter() - start)
+                last = half == 1 and again == 1
+                one = seconds_of(partial(run, chunk, backward, last=last), encoder.device)
+                if one == math.inf and strategy is not None and strategy.equal_chunks:
+                    # Out of the context without its reduction, which other ranks are far from.
+                    raise torch.OutOfMemoryError
+                if one == math.inf:
+                    return 0.0, 0.0
+                fastest = min(fastest, one)
             seconds += fastest
-            tokens += float(texts.lengths[plan[number]].sum())
-    return max(tokens, 1.0) / seconds, len(chunks) == 1
+        return sample.num_tokens / seconds, peak() / _most_tokens(sample)
+
+
+def _most_tokens(sample: _Sample) -> int:
+    return max(chunk.num_tokens for chunk in sample.chunks)

@@ -23,12 +23,14 @@ from largebatch.batch import Texts
 from largebatch.budget import StepMemory, choose_tokens_per_chunk
 from largebatch.data.chunks import DistinctTexts, distinct_texts
 from largebatch.data.hashes import id_hashes
+from largebatch.dropout import masks_of_rank, state_hash
 from largebatch.errors import UserError
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.masks import PairHashes
 from largebatch.model.encoder import Encoder
 from largebatch.model.keep import RandomState
 from largebatch.objective import ContrastiveObjective, hash_pairs
+from largebatch.out_of_memory import ends_with
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import backward as backward_locally
 from largebatch.parallel.ddp import one_reduction
@@ -91,9 +93,15 @@ class GradCache:
     Under torchrun each rank passes its own part of the global batch; parts may differ in size and
     may be empty on some ranks. All ranks must call it.
 
+    Ranks draw different dropout masks, also if all have called `torch.manual_seed(0)`: where the
+    generator of `encoder.device` stands on a rank as it does on another, the step draws from a
+    state that follows from it and the rank. After the step that generator has moved on by one
+    number (by none without dropout), and stands alike on those ranks again. Ranks that were seeded
+    apart draw from their generators as they are.
+
     Raises:
         UserError: An option is not what it must be; when called: "auto" without a GPU and
-            without `keep_gib`, or a single text that is too much for the memory.
+            without `keep_gib`, or the step is too much for the memory.
     """
 
     def __init__(
@@ -159,6 +167,10 @@ class GradCache:
                 f"{part.queries.num_texts} queries need as many documents, got "
                 f"{part.documents.num_texts}"
             )
+        with ends_with(self.memory.ran_out):
+            return self._report(part, symmetric)
+
+    def _report(self, part: Part, symmetric: bool | None) -> StepReport:
         if self.balance:
             with phase("gather"):
                 part = even_out(part, self.collectives)
@@ -213,14 +225,17 @@ class GradCache:
         columns = distinct.places[b:]
         chunks = self.passes.plan(distinct.texts, columns)
         with phase("gather"):
-            rows = self.objective.tell(b, n, hashes, num_chunks=len(chunks))
+            rows = self.objective.tell(
+                b, n, hashes, num_chunks=len(chunks), random_state=state_hash(device)
+            )
         embeddings_ud = torch.empty(
             num_distinct, self.encoder.embedding_width, dtype=self.encoder.dtype, device=device
         )
         sending = Sending(self.collectives, rows.columns, embeddings_ud, columns)
-        embedded = self.passes.embed(
-            distinct.texts, chunks, rows.most_chunks, embeddings_ud, sending
-        )
+        with masks_of_rank(rows.random_states, self.collectives.world.rank, device):
+            embedded = self.passes.embed(
+                distinct.texts, chunks, rows.most_chunks, embeddings_ud, sending
+            )
 
         # 2. Loss, and its gradient with respect to the embeddings.
         leaf_ud = embeddings_ud.requires_grad_()
@@ -241,6 +256,7 @@ class GradCache:
             self.passes.push(embedded, leaf_ud.grad, backward, can_redo=can_redo)
             # 4. Leaving the context averages the gradients over ranks.
 
+        assert embedded is not None  # else memory ran out, and push has said so on all ranks
         own = [one for one in embedded if len(one.rows_n)]
         return StepReport(
             loss=value.loss,

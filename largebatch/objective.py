@@ -7,8 +7,8 @@ the mean over the global batch, for the weights and for the temperature at once.
 
 What ranks tell each other, once per step however many tiles there are:
 
-1. how many rows each has, with the hashes of their texts: an all-gather of integers (a second one
-   where a rank has more of them than any had before), from host to host;
+1. how many rows each has, with the hashes of their texts and of its generator: an all-gather of
+   integers (a second one where a rank has more of them than any had before), from host to host;
 2. the embeddings of documents and negatives: an all-gather, and a reduce-scatter of their gradient;
 3. the loss, and how many rows are correct, how many negatives are left out as false ones and how
    many rows have none left: an all-reduce of four numbers. With a symmetric loss the
@@ -54,6 +54,8 @@ class RowsOfRanks(NamedTuple):
     """Of each rank; empty if none has told them."""
     most_chunks: int
     """The most that any rank has."""
+    random_states: list[int]
+    """A hash of each rank's generator."""
 
     @property
     def columns(self) -> list[int]:
@@ -81,7 +83,13 @@ class ContrastiveObjective:
         self.collectives = collectives
 
     def tell(
-        self, num_pairs: int, num_negatives: int, hashes: PairHashes | None, *, num_chunks: int = 0
+        self,
+        num_pairs: int,
+        num_negatives: int,
+        hashes: PairHashes | None,
+        *,
+        num_chunks: int = 0,
+        random_state: int = 0,
     ) -> RowsOfRanks:
         """Tell all ranks what this one has, and return what they have; all ranks must call it.
 
@@ -91,28 +99,30 @@ class ContrastiveObjective:
             hashes: Of their texts, for leaving out false negatives. All ranks give them, with ids
                 or all without, or none does.
             num_chunks: Chunks of this rank.
+            random_state: A hash of this rank's generator.
 
         Raises:
             UserError: No rank has a query.
         """
-        values = [np.array([num_pairs, num_negatives, num_chunks])]
+        values = [np.array([num_pairs, num_negatives, num_chunks, random_state])]
         if hashes is not None:
             sides = [hashes.queries, hashes.documents, hashes.negatives]
             assert [len(side) for side in sides] == [num_pairs, num_pairs, num_negatives]
             values += sides if hashes.ids is None else [*sides, hashes.ids]
-        counts, hashes_per_rank, most_chunks = [], [], 0
+        counts, hashes_per_rank, most_chunks, random_states = [], [], 0, []
         for told in self.collectives.gather_ragged(np.concatenate(values)):
-            b, n, chunks = told[:3].tolist()
+            b, n, chunks, state = told[:4].tolist()
             counts.append((b, n))
+            random_states.append(state)
             most_chunks = max(most_chunks, chunks)
             if hashes is not None:
-                queries, documents, negatives, ids = np.split(told[3:], [b, 2 * b, 2 * b + n])
+                queries, documents, negatives, ids = np.split(told[4:], [b, 2 * b, 2 * b + n])
                 assert len(ids) == (0 if hashes.ids is None else b), "ranks know different things"
                 known = None if hashes.ids is None else ids
                 hashes_per_rank.append(PairHashes(queries, documents, negatives, known))
         if sum(b for b, _ in counts) == 0:
             raise UserError("the global batch has no pairs; all of its records were skipped")
-        return RowsOfRanks(counts, hashes_per_rank, most_chunks)
+        return RowsOfRanks(counts, hashes_per_rank, most_chunks, random_states)
 
     def __call__(
         self,

@@ -4,6 +4,7 @@ Between them a chunk is known by its random state and by what it keeps. Where me
 passes go on with smaller chunks, or with less that is kept.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,14 @@ from largebatch.budget import KeepPlan, StepMemory
 from largebatch.data.chunks import Rows, take_texts
 from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
-from largebatch.model.keep import RandomState, embed_keeping, measure_levels, time_levels
+from largebatch.model.keep import (
+    LevelCost,
+    RandomState,
+    embed_keeping,
+    measure_levels,
+    time_levels,
+)
+from largebatch.out_of_memory import free_cache
 from largebatch.parallel.collectives import Collectives, Gathering
 from largebatch.parallel.strategy import Backward, Strategy
 from largebatch.phases import phase
@@ -127,8 +135,11 @@ class Passes:
         most_chunks: int,
         embeddings_ud: Tensor,
         sending: Sending,
-    ) -> list[EmbeddedChunk]:
+    ) -> list[EmbeddedChunk] | None:
         """Fill in the embeddings and return what is known of each chunk.
+
+        None: no smaller chunk is possible. The rank goes on with what it has, until `push`, where
+        it can tell the others.
 
         Args:
             texts: This rank's.
@@ -141,8 +152,11 @@ class Passes:
         Where memory runs out, the chunks that are left are cut smaller, and nothing is kept.
 
         Raises:
-            UserError: No smaller chunk is possible.
+            UserError: Memory ran out where all ranks must run as many chunks. On all ranks: not
+                even one text's graph fits, of those that are measured.
         """
+        if self._memory.must_be_measured:
+            chunks = self._measure(texts, chunks, sending.columns)
         if self._equal_chunks:
             chunks = [*chunks, *[_filler(self._encoder)] * (most_chunks - len(chunks))]
         passes: list[EmbeddedChunk] = []
@@ -161,7 +175,7 @@ class Passes:
             held = [(one.level, one.chunk.num_tokens) for one in passes]
             held.append((level, planned.chunk.num_tokens))
             if not self._memory.take_less(held, most_texts=len(planned.rows)):
-                raise UserError(self._memory.ran_out())
+                return None
             passes = [one.forgotten() for one in passes]
             rows = np.concatenate([planned.rows for planned, _ in left])
             smaller = self._cut(take_texts(texts, rows), rows, sending.columns)
@@ -170,7 +184,7 @@ class Passes:
 
     def push(
         self,
-        passes: Sequence[EmbeddedChunk],
+        passes: Sequence[EmbeddedChunk] | None,
         gradients_ud: Tensor,
         backward: Backward,
         *,
@@ -187,21 +201,26 @@ class Passes:
         Raises:
             StepMustBeDoneAgain: On all ranks, if memory ran out on any. What that rank has pushed
                 can't be told from what it has not, and smaller chunks have other dropout masks.
-            UserError: Memory ran out, and the step can't be done again, or not with less.
+            UserError: Memory ran out, and the step can't be done again, or not with less. On all
+                ranks, unless others are in the midst of passes that wait for this one.
         """
-        out_of_memory = False
+        out_of_memory = passes is None
         try:
             with phase("replay"):
-                push(passes, gradients_ud, self._forward, backward)
+                push(passes or (), gradients_ud, self._forward, backward)
         except torch.OutOfMemoryError:
             out_of_memory = True
-        if not can_redo:
+        if self._equal_chunks:
             if out_of_memory:
                 raise UserError(self._memory.ran_out())
             return
-        hopeless = out_of_memory and not self._memory.take_less(
-            [(one.level, one.chunk.num_tokens) for one in passes],
-            most_texts=max(len(one.rows_n) for one in passes),
+        hopeless = out_of_memory and not (
+            can_redo
+            and passes
+            and self._memory.take_less(
+                [(one.level, one.chunk.num_tokens) for one in passes],
+                most_texts=max(len(one.rows_n) for one in passes),
+            )
         )
         with phase("sync"):
             worst = self._collectives.highest(out_of_memory + hopeless)
@@ -244,9 +263,7 @@ class Passes:
         return EmbeddedChunk(planned.chunk, rows_n, level, state, embeddings_nd)
 
     def _levels(self, chunks: Sequence[PlannedChunk]) -> list[str]:
-        """Return what each chunk keeps; the first step measures what that costs."""
-        if self._memory.must_be_measured:
-            self._memory.keep_plan = self._measure(chunks)
+        """Return what each chunk keeps."""
         tokens = [planned.chunk.num_tokens for planned in chunks]
         if self._equal_chunks:
             # Ranks differ in their chunks' tokens, but must keep the same ones.
@@ -254,20 +271,52 @@ class Passes:
             tokens = [self._memory.tokens_per_chunk] * len(chunks)
         return self._memory.levels(tokens)
 
-    def _measure(self, chunks: Sequence[PlannedChunk]) -> KeepPlan:
+    def _measure(
+        self, texts: Texts, chunks: Sequence[PlannedChunk], columns: Rows
+    ) -> Sequence[PlannedChunk]:
+        """Measure what it costs to keep, and return the chunks, cut smaller if memory ran out.
+
+        Raises:
+            UserError: On all ranks, if one text is too much for one of them.
+        """
+        costs = self._costs(chunks)
+        while (
+            costs is None
+            and chunks
+            and self._memory.take_less(
+                [("none", chunks[0].chunk.num_tokens)], most_texts=len(chunks[0].rows)
+            )
+        ):
+            chunks = self.plan(texts, columns)
+            costs = self._costs(chunks)
+        if self._collectives.highest(costs is None):
+            raise UserError(self._memory.ran_out())
+        assert costs is not None
+        budget = self._memory.budget_bytes(self._encoder, costs, self._strategy)
+        self._memory.keep_plan = KeepPlan(costs, budget).agreed(self._collectives)
+        return chunks
+
+    def _costs(self, chunks: Sequence[PlannedChunk]) -> dict[str, LevelCost] | None:
+        """Return what each level costs on the first chunk; None: memory ran out."""
         chunk = (chunks[0] if chunks else _filler(self._encoder)).chunk
-        with RandomState.of(self._encoder.device).replayed():
-            parameters = list(self._encoder.parameters())
-            costs = measure_levels(self._forward, chunk, parameters)
-            if self._memory.keep == "auto" and self.can_redo:
-                # Elsewhere a backward pass does more than return gradients.
-                seconds = time_levels(self._forward, chunk, parameters)
-                costs = {
-                    level: cost._replace(seconds_per_token=seconds[level] / chunk.num_tokens)
-                    for level, cost in costs.items()
-                }
-        budget = self._memory.budget_bytes(self._encoder, costs)
-        return KeepPlan(costs, budget).agreed(self._collectives)
+        parameters = list(self._encoder.parameters())
+        try:
+            with RandomState.of(self._encoder.device).replayed():
+                costs = measure_levels(self._forward, chunk, parameters)
+                if self._memory.keep == "auto" and self.can_redo:
+                    # Elsewhere a backward pass does more than return gradients.
+                    seconds = time_levels(self._forward, chunk, parameters)
+                    costs = {
+                        level: cost._replace(seconds_per_token=seconds[level] / chunk.num_tokens)
+                        for level, cost in costs.items()
+                    }
+            return costs if math.isfinite(costs["none"].seconds_per_token) else None
+        except torch.OutOfMemoryError:
+            if self._equal_chunks:
+                raise UserError(self._memory.ran_out()) from None
+        # Only out here does the error no longer hold the graph.
+        free_cache(self._encoder.device)
+        return None
 
 
 def push(

@@ -34,9 +34,10 @@ class PhaseClock:
         """Add the time inside to a phase; on a GPU without waiting for it."""
         if self._device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
+            # Of this device, which need not be the current one.
+            begin.record(torch.cuda.current_stream(self._device))
             yield
-            end.record()
+            end.record(torch.cuda.current_stream(self._device))
             self._spans.append((name, begin, end))
         else:
             start = time.perf_counter()

@@ -14,7 +14,7 @@ state, so that dropout is exact; what is kept is not computed again. They see si
 which neither compiled layers show nor layers that are checkpointed one by one.
 """
 
-import time
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from largebatch.batch import Chunk
 from largebatch.errors import UserError
 from largebatch.model.compiled import has_checkpointed_layers, is_compiled
-from largebatch.transfer import wait_for
+from largebatch.out_of_memory import seconds_of
 
 LEVELS = ("none", "layers", "products", "all")
 """From the least memory to the most."""
@@ -116,13 +116,14 @@ def measure_levels(
     counter = _Counter()
     has_parts = _why_all_or_nothing(forward) is None
     storages: dict[int, torch.UntypedStorage] = {}
-    # Gathered weights of fully_shard are no parameters; they count as far as they stay gathered.
     whole = [p for p in parameters if not hasattr(p, "to_local")]
     own = {p.untyped_storage().data_ptr() for p in whole}
 
     def count(tensor: Tensor) -> Tensor:
+        source = tensor if tensor._base is None else tensor._base
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        # A weight that was gathered from its shards is none of `parameters`, and no chunk's own.
+        if not isinstance(source, nn.Parameter) and storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage
         return tensor
 
@@ -161,23 +162,18 @@ def time_levels(
     """
     trained = [p for p in parameters if p.requires_grad]
     has_parts = _why_all_or_nothing(forward) is None
-    device = chunk.input_ids.device
-    fastest = dict.fromkeys(LEVELS, float("inf"))
+    fastest = dict.fromkeys(LEVELS, math.inf)
+
+    def passes(level: str) -> None:
+        embeddings = embed_keeping(forward, chunk, level)
+        if level == "none":
+            embeddings = forward(chunk)
+        torch.autograd.grad(embeddings, trained, torch.ones_like(embeddings), allow_unused=True)
+
     for _ in range(tries):
         for level in LEVELS if has_parts else ("none", "all"):
-            wait_for(device)
-            start = time.perf_counter()
-            try:
-                embeddings = embed_keeping(forward, chunk, level)
-                if level == "none":
-                    embeddings = forward(chunk)
-                torch.autograd.grad(
-                    embeddings, trained, torch.ones_like(embeddings), allow_unused=True
-                )
-                wait_for(device)
-            except torch.OutOfMemoryError:
-                continue
-            fastest[level] = min(fastest[level], time.perf_counter() - start)
+            seconds = seconds_of(partial(passes, level), chunk.input_ids.device)
+            fastest[level] = min(fastest[level], seconds)
     return fastest
 
 
@@ -327,25 +323,29 @@ def _multiplications(func: Any, args: tuple[Any, ...]) -> int:
 class RandomState(NamedTuple):
     """The state of the generators that dropout draws from."""
 
+    device: torch.device
     cpu: Tensor
     cuda: Tensor | None
+    """Of `device`, which need not be the current one. None: it is no GPU."""
 
     @classmethod
     def of(cls, device: torch.device) -> "RandomState":
         """Read the state of the CPU's generator and of the device's."""
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(torch.get_rng_state(), cuda)
+        return cls(device, torch.get_rng_state(), cuda)
 
     def restore(self) -> None:
         """Draw from here on what was drawn after this state was read."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
+            torch.cuda.set_rng_state(self.cuda, self.device)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Draw again what was drawn after this state was read, then go on as if nothing was."""
-        devices = [] if self.cuda is None else [torch.cuda.current_device()]
-        with torch.random.fork_rng(devices=devices):
-            self.restore()
+        after = RandomState.of(self.device)
+        self.restore()
+        try:
             yield
+        finally:
+            after.restore()

@@ -58,7 +58,7 @@ class Collectives:
         rank, size = (dist.get_rank(), dist.get_world_size()) if self._active else (0, 1)
         self.world = World(rank=rank, size=size)
         self._hosts = _group_of_hosts() if self._active else None
-        self._room = 3  # of gather_ragged; the same on all ranks, since all saw the same numbers
+        self._room = 4  # of gather_ragged; the same on all ranks, since all saw the same numbers
 
     def gather_ragged(
         self, values: npt.NDArray[np.int64], *, most: int | None = None

@@ -30,6 +30,7 @@ from largebatch.parallel.fsdp import filled, skeleton_of
 from largebatch.parallel.modules import (
     clip_factor,
     entries_of,
+    missing_bytes,
     missing_gradients_are_zeros,
     trained,
 )
@@ -155,6 +156,18 @@ class DeepSpeedModel:
     ) -> None:
         for embedding, gradient in zip(embeddings, gradients, strict=True):
             self.engine.backward((embedding * gradient).sum())
+
+    def missing_bytes(self) -> int:
+        """Return what gradients and AdamW have still to take of this rank's device, at most."""
+        missing = missing_bytes(
+            self.loss_parameters, [self._loss_optimizer] if self._loss_optimizer else []
+        )
+        if self.stage == 0:
+            return missing + missing_bytes(self.encoder_parameters, [self._client])
+        # The moments are there already (see _make_moments). At stage 3 `numel` is a shard's or 0.
+        return missing + sum(
+            getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.encoder_parameters
+        )
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm` (0: leave them) and return their norm before."""

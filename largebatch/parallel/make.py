@@ -32,6 +32,8 @@ def make_strategy(
     Raises:
         UserError: The strategy can't run here, or its options don't fit together.
     """
+    if device.type == "cuda" and config.name != "ddp":
+        torch.cuda.set_device(device)  # where fully_shard and DeepSpeed put the shards
     if precision == "bf16":
         encoder.autocast_dtype = torch.bfloat16
     match config.name:

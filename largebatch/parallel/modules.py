@@ -40,6 +40,10 @@ class OptimizedModules:
         # Two, for one kernel can't take plain tensors and DTensors together.
         self.optimizers = [make_optimizer([m], optim) for m in (encoder, loss) if trained(m)]
 
+    def missing_bytes(self) -> int:
+        """Return what gradients and AdamW have still to take of this rank's device, at most."""
+        return missing_bytes(self.parameters, self.optimizers)
+
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm` (0: leave them) and return their norm before."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -134,6 +138,25 @@ class OptimizedModules:
 def trained(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a module that are trained."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def missing_bytes(
+    parameters: Sequence[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer] = ()
+) -> int:
+    """Return the bytes that the gradients of parameters and AdamW's moments have still to take.
+
+    A sharded parameter's gradient is whole until it is reduced, whether or not there is one from
+    before; its moments are as large as its shard.
+    """
+    missing = 0
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None or isinstance(parameter, DTensor):
+            missing += parameter.numel() * parameter.element_size()
+        if not any(optimizer.state.get(parameter) for optimizer in optimizers):
+            missing += 2 * _local(parameter).nbytes
+    return missing
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -60,6 +60,13 @@ class Strategy(Protocol):
         DeepSpeed begins anew.
         """
 
+    def missing_bytes(self) -> int:
+        """Return what gradients and AdamW have still to take of this rank's device, at most.
+
+        Until the step's reduction a rank holds the whole gradient of its own chunks; of AdamW's
+        state it holds its share.
+        """
+
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm` (0: leave them) and return their norm before.
 

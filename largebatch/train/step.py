@@ -14,9 +14,15 @@ from torch import Tensor
 from largebatch.batch import RankBatch
 from largebatch.config import TrainConfig
 from largebatch.gradcache import GradCache, StepReport
+from largebatch.out_of_memory import ends_with
 from largebatch.parallel.strategy import Strategy
 from largebatch.phases import phase
 from largebatch.train.optim import learning_rate
+
+OPTIMIZER_RAN_OUT = (
+    "the optimizer ran out of memory, which holds two numbers for each weight beside its gradient: "
+    "use strategy=fsdp or strategy=deepspeed, more ranks, or a smaller model"
+)
 
 
 class StepResult(NamedTuple):
@@ -46,7 +52,7 @@ def train_step(
         symmetric=batch.symmetric,
         ids=batch.same_ids,
     )
-    with phase("optimizer"):
+    with phase("optimizer"), ends_with(lambda: OPTIMIZER_RAN_OUT):
         grad_norm = strategy.clip_gradients(config.optim.clip_norm)
         strategy.step(rate)
         strategy.zero_grad()

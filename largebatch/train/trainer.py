@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from filelock import FileLock, Timeout
@@ -16,6 +15,7 @@ from filelock import FileLock, Timeout
 from largebatch.batch import RankBatch, Texts
 from largebatch.budget import KeepPlan
 from largebatch.config import TrainConfig
+from largebatch.dropout import rank_seed
 from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
 from largebatch.model.finite import check_weights
@@ -105,7 +105,7 @@ class _Run:
     def restore(self) -> None:
         """Load the last checkpoint, or begin."""
         if self.first_step == 0:
-            torch.manual_seed(_dropout_seed(self.config.seed, self.world.rank, 0))
+            torch.manual_seed(rank_seed(self.config.seed, self.world.rank, 0))
             return
         load_weights(self.checkpoints, self.first_step, self.strategy)
         load_optimizer(self.checkpoints, self.first_step, self.strategy)
@@ -116,7 +116,7 @@ class _Run:
                 self.checkpoints, self.first_step, rank=self.world.rank, device=self.device
             )
         else:
-            torch.manual_seed(_dropout_seed(self.config.seed, self.world.rank, self.first_step))
+            torch.manual_seed(rank_seed(self.config.seed, self.world.rank, self.first_step))
         self.best = load_best(self.checkpoints)
         # What was measured, or halved, is used again: the run goes on with the same numbers.
         engine, before = details["engine"], details["config"]
@@ -363,11 +363,6 @@ def _open_folder(folder: Path, stack: ExitStack) -> None:
             f"output_dir={str(folder)!r} is in use by another run; wait for it, or choose another"
         ) from None
     stack.callback(lock.release)
-
-
-def _dropout_seed(seed: int, rank: int, step: int) -> int:
-    """Return a seed that differs for every rank, and from that of the weights."""
-    return int(np.random.SeedSequence([seed, rank + 1, step]).generate_state(1, np.uint32)[0])
 
 
 def _at_step_0(metrics_file: Path) -> dict[str, float]:

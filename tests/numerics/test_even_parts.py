@@ -4,20 +4,26 @@ import numpy as np
 import pytest
 import torch
 from dist import run_ranks
-from numerics.on_strategies import TOLERANCES, config_of, whole_gradients
+from numerics.on_strategies import TOLERANCES, whole_gradients
 from numerics.reference import gradients, relative_error, tiny_encoder, tiny_loss
-from numerics.uneven import CASES, LAYOUTS, Case, encoder_of, plain_gradient, texts_of
+from numerics.uneven import (
+    CASES,
+    LAYOUTS,
+    Case,
+    encoder_of,
+    model_on_rank,
+    plain_gradient,
+    texts_of,
+)
 
 from largebatch import balance, gradcache
 from largebatch.balance import Part, even_out
 from largebatch.batch import Texts
-from largebatch.config import OptimConfig
 from largebatch.data.chunks import take_texts
 from largebatch.data.hashes import id_hashes
 from largebatch.gradcache import GradCache
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.deepspeed_build import prepare
-from largebatch.parallel.make import make_strategy
 
 CPU = torch.device("cpu")
 NO_DROPOUT = [name for name, case in CASES.items() if not case.dropout]
@@ -33,15 +39,8 @@ def _imported_once():
 def gradient_on_rank(name, case, keep, plant=None):
     if plant is not None:
         plant()
-    dtype = torch.float32 if name.startswith("zero") else torch.float64
-    collectives = Collectives()
-    encoder = encoder_of(case, "packed", dtype)
-    loss = tiny_loss(symmetric=case.symmetric, dtype=dtype)
-    strategy = make_strategy(
-        config_of(name), encoder, loss, OptimConfig(), collectives, CPU, "float32"
-    )
-    parts = texts_of(LAYOUTS[case.layout][collectives.world.rank])
-    step = GradCache(encoder, loss, tokens_per_chunk=90, keep=keep, strategy=strategy)
+    encoder, strategy, parts = model_on_rank(name, case, "packed")
+    step = GradCache(encoder, strategy.loss, tokens_per_chunk=90, keep=keep, strategy=strategy)
     report = step.report(*parts[:3], ids=parts[3])
     given = sum(len(text) for side in parts[:3] for text in side)
     return float(report.loss), whole_gradients(strategy), given, report.num_tokens

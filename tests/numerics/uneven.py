@@ -24,6 +24,7 @@ from largebatch.model.compiled import plain_shape
 from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.make import make_strategy
+from largebatch.parallel.strategy import Strategy
 
 NUM_PAIRS, NUM_NEGATIVES, NUM_LONG = 13, 5, 4
 BUDGET = 90
@@ -218,6 +219,18 @@ def embed_by_chunks(
     return [torch.cat(side) for side in sides]
 
 
+def model_on_rank(name: str, case: Case, how: str) -> tuple[Encoder, Strategy, list[Any]]:
+    """Return the encoder, the strategy and this rank's queries, documents, negatives and ids."""
+    dtype = torch.float32 if name.startswith("zero") else torch.float64
+    collectives = Collectives()
+    encoder = encoder_of(case, how, dtype)
+    loss = tiny_loss(symmetric=case.symmetric, dtype=dtype)
+    strategy = make_strategy(
+        config_of(name), encoder, loss, OptimConfig(), collectives, CPU, "float32"
+    )
+    return encoder, strategy, list(texts_of(LAYOUTS[case.layout][collectives.world.rank]))
+
+
 def gradients_on_rank(name: str, paths: Iterable[Paths]) -> dict[Paths, Found]:
     """Take a step on each of the paths, under one strategy.
 
@@ -227,26 +240,18 @@ def gradients_on_rank(name: str, paths: Iterable[Paths]) -> dict[Paths, Found]:
     compiled.BACKEND = "aot_eager"  # traces and cuts graphs as the default does, in less time
     found = {}
     for key, group in itertools.groupby(paths, key=lambda one: one._replace(keep="")):
-        case = CASES[key.case]
-        dtype = torch.float32 if name.startswith("zero") else torch.float64
-        collectives = Collectives()
-        encoder = encoder_of(case, key.how, dtype)
-        loss = tiny_loss(symmetric=case.symmetric, dtype=dtype)
-        strategy = make_strategy(
-            config_of(name), encoder, loss, OptimConfig(), collectives, CPU, "float32"
-        )
-        parts = texts_of(LAYOUTS[case.layout][collectives.world.rank])
+        encoder, strategy, parts = model_on_rank(name, CASES[key.case], key.how)
         for one in group:
             try:
                 step = GradCache(
                     encoder,
-                    loss,
+                    strategy.loss,
                     tokens_per_chunk=BUDGET,
                     strategy=strategy,
                     **KEEPS[one.keep],
                     balance=False,
                 )
-                torch.manual_seed(100 + collectives.world.rank)
+                torch.manual_seed(100 + strategy.collectives.world.rank)
                 report = step.report(*parts[:3], ids=parts[3])
                 found[one] = Found(
                     float(report.loss),

@@ -1,0 +1,94 @@
+"""What a strategy says that gradients and AdamW will still take is what they really take."""
+
+import pytest
+import torch
+from dist import run_ranks
+from numerics.on_strategies import config_of
+from numerics.reference import QUERIES, tiny_encoder, tiny_loss
+from torch.profiler import ProfilerActivity, profile
+
+from largebatch.batch import Texts
+from largebatch.config import OptimConfig
+from largebatch.model.keep import measure_levels
+from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.deepspeed_build import prepare
+from largebatch.parallel.make import make_strategy
+
+CPU = torch.device("cpu")
+STRATEGIES = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imported_once():
+    """Import and build here what each rank would after its fork."""
+    tiny_encoder()
+    prepare(CPU)
+
+
+def made(name):
+    encoder, loss = tiny_encoder(dtype=torch.float32), tiny_loss(symmetric=False).float()
+    strategy = make_strategy(
+        config_of(name), encoder, loss, OptimConfig(), Collectives(), CPU, "float32"
+    )
+    chunks = encoder.make_chunks(Texts.from_lists(QUERIES), 40)[1]
+    return encoder, loss, strategy, chunks
+
+
+def allocated(function):
+    """Return the bytes that a function has allocated and not freed."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    # By each allocation, for those that lie outside any operation (a shard's gathering) count too.
+    events = profiled.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def bytes_on_rank(name):
+    """Return what was said and what was taken, by gradients and moments, and what is said then."""
+    _, loss, strategy, chunks = made(name)
+    said = strategy.missing_bytes()
+    taken = []
+
+    def passes(backward):
+        for chunk in chunks[:2]:
+            embeddings = strategy.encoder(chunk)
+            backward([embeddings], [torch.ones_like(embeddings)], last=False)
+        (loss.temperature() * 1.0).backward()
+
+    with strategy.gradient_pass() as backward:
+        taken.append(allocated(lambda: passes(backward)))
+        embeddings = strategy.encoder(chunks[-1])
+        backward([embeddings], [torch.ones_like(embeddings)], last=True)
+        del embeddings
+    strategy.clip_gradients(0.0)
+
+    # DeepSpeed's stages above 0 have made their moments before.
+    taken.append(allocated(lambda: strategy.step(0.1)) if name in ("ddp", "fsdp", "zero0") else 0)
+    strategy.zero_grad()
+    return said, taken, strategy.missing_bytes()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_gradients_and_moments_take_what_was_said(name):
+    encoder = tiny_encoder(dtype=torch.float32)
+    whole = sum(p.nbytes for p in encoder.parameters() if p.requires_grad)
+    for said, (gradients, moments), later in run_ranks(bytes_on_rank, 2, name):
+        assert gradients == pytest.approx(whole, rel=0.05)
+        assert said == pytest.approx(gradients + moments, rel=0.05)
+        # The gradient is to be made anew, and the moments stay.
+        assert later == pytest.approx(whole, rel=0.01)
+        shares = {"ddp": 3, "fsdp": 2, "zero0": 3}.get(name, 1)
+        assert said == pytest.approx(shares * whole, rel=0.05)
+
+
+def costs_on_rank(name):
+    encoder, _, strategy, chunks = made(name)
+    return measure_levels(strategy.encoder, chunks[0], list(encoder.parameters()))
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero3"])
+def test_gathered_weights_are_no_part_of_a_graph(name):
+    expected = costs_on_rank("ddp")
+    for costs in run_ranks(costs_on_rank, 2, name):
+        for level, cost in expected.items():
+            assert costs[level].bytes_per_token == pytest.approx(cost.bytes_per_token, rel=0.05)
