@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from largebatch.config import EncodeConfig
 from largebatch.errors import UserError
 from largebatch.evaluate.beir import json_objects, numbered_lines, text_of
+from largebatch.files import write_array
 
 if TYPE_CHECKING:
     from largebatch.model.encoder import Encoder
@@ -13,18 +14,13 @@ if TYPE_CHECKING:
 
 def run(config: EncodeConfig) -> None:
     """Embed the texts of `config.input` and write them to `config.output`."""
-    import numpy as np
-
     texts = read_texts(Path(config.input), field=config.field)
     output = writable(Path(config.output), option="output")
     encoder = load_encoder(config.model, device=config.device)
     embeddings = encoder.encode(
         texts, side=config.side, tokens_per_chunk=config.batch_tokens, progress=True
     )
-    aside = output.with_name(f"{output.name}.partial")
-    with aside.open("wb") as file:
-        np.save(file, embeddings, allow_pickle=False)
-    aside.replace(output)
+    write_array(output, embeddings)
     print(f"{output}: {embeddings.dtype} {list(embeddings.shape)}, a {config.side} a row")
 
 

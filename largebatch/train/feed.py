@@ -66,8 +66,8 @@ class Feed:
             UserError: Those of a source are not; names it.
         """
         now = self.fingerprints
-        for name, fingerprint in saved.items():
-            if now.get(name) != fingerprint:
+        for name, fingerprint in now.items():
+            if saved.get(name) != fingerprint:
                 raise UserError(
                     f"the shards of data.sources.{name} are not those that {self.folder} was "
                     "trained on so far (another index.json); bring them back, or choose another "
