@@ -95,7 +95,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         reason = _reason(error)
-        if reason is None or _is_elsewhere(error, path):
+        # A lock that another process holds (filelock's Timeout) keeps nobody from writing.
+        if reason is None or isinstance(error, TimeoutError) or _is_elsewhere(error, path):
             raise
         raise UserError(f"{path} can't be written: {reason}") from error
 

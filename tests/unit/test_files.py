@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import Timeout
 
 from largebatch.errors import UserError
 from largebatch.files import full_disk, reserve, write_array, write_text, writing, written_aside
@@ -99,7 +100,12 @@ def test_what_is_told(tmp_path, error, told):
 
 @pytest.mark.parametrize(
     "error",
-    [FileNotFoundError(errno.ENOENT, "gone", "/elsewhere/file"), ValueError("x"), UserError("x")],
+    [
+        FileNotFoundError(errno.ENOENT, "gone", "/elsewhere/file"),
+        Timeout("lock"),
+        ValueError("x"),
+        UserError("x"),
+    ],
 )
 def test_what_is_about_something_else_passes(tmp_path, error):
     with pytest.raises(type(error)) as caught, writing(tmp_path / "file"):
