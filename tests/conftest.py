@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
 # Before torch is imported: a thread pool in this process would not survive the forks of run_ranks.
@@ -11,6 +12,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "offline"
 
 import pytest
+
+# A shell that starts the tests in the background, or nohup, ignores these for them and for all that
+# they start.
+for ignored in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(
+            ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL
+        )
 
 
 def pytest_configure(config: pytest.Config) -> None:

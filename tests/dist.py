@@ -14,8 +14,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -83,7 +83,7 @@ def run_ranks(
                     init_group,
                 ),
             )
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _no_collection():
                 # Python 3.12 warns of forking beside threads; ranks use none of the parent's.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
@@ -101,6 +101,18 @@ def run_ranks(
         outcomes = _collect(ranks, timeout_s)
         _raise_failure(ranks, outcomes, timeout_s)
     return [outcomes[rank].result for rank in range(world_size)]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect no garbage inside: what libraries do in a child right after the fork may begin it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Rank(NamedTuple):
@@ -130,6 +142,7 @@ def _run_rank(
     # Never collect the parent's garbage: a store of an earlier call may be among it, whose end
     # would wait for a thread that did not survive the fork.
     gc.freeze()
+    gc.enable()
     # Says where the rank hangs, and ends it even if the test's process is gone.
     faulthandler.dump_traceback_later(timeout_s, exit=True, file=stack_file)
     os.environ.update(environment | {"MASTER_PORT": str(start.recv())})

@@ -54,6 +54,13 @@ class CutOff:
 
 
 @dataclass(frozen=True)
+class Stall:
+    """Sends the first `after_bytes` of the bytes and no more, and says so (header X-Stalled)."""
+
+    after_bytes: int
+
+
+@dataclass(frozen=True)
 class Short:
     """Answers a range, by all rules, with a shorter one: its first `num_bytes` bytes."""
 
@@ -97,7 +104,17 @@ _SLOW_PAUSE_S = 0.02
 _DATE = "Wed, 21 Oct 2015 07:28:00 GMT"
 
 Fault = (
-    Status | Redirect | Silence | Reset | CutOff | Short | Shifted | IgnoreRange | Slow | Late
+    Status
+    | Redirect
+    | Silence
+    | Reset
+    | CutOff
+    | Stall
+    | Short
+    | Shifted
+    | IgnoreRange
+    | Slow
+    | Late
 ) | Changed
 
 
@@ -280,6 +297,8 @@ class _Handler(BaseHTTPRequestHandler):
     ) -> None:
         self.send_response(code)
         self.send_header("Content-Length", str(len(body)))
+        if isinstance(fault, Stall):
+            self.send_header("X-Stalled", "yes")
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.end_headers()
@@ -288,6 +307,11 @@ class _Handler(BaseHTTPRequestHandler):
         match fault:
             case CutOff(after_bytes):
                 self.wfile.write(body[:after_bytes])
+                self.close_connection = True
+            case Stall(after_bytes):
+                self.wfile.write(body[:after_bytes])
+                self.wfile.flush()
+                self.server.owner._closing.wait()
                 self.close_connection = True
             case Slow(bytes_per_s):
                 piece = max(1, int(bytes_per_s * _SLOW_PAUSE_S))

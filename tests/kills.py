@@ -232,7 +232,7 @@ class _Session:
 
     def _stage(self) -> str:
         entries = self._metrics()
-        if (self.output / "evaluation.json").is_file() or (self.output / "model.partial").is_dir():
+        if (self.output / "evaluation.json").is_file() or (self.output / ".model.partial").is_dir():
             return "end"
         if not entries:
             return "start-up"

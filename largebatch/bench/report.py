@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from largebatch.config.bench import Case
+from largebatch.files import write_text
 from largebatch.phases import PHASES
 
 if TYPE_CHECKING:
@@ -56,9 +57,8 @@ def write_results(
         "options": dict(options),
         "cases": [row.to_dict() for row in rows],
     }
-    file, aside = folder / RESULTS, folder / f"{RESULTS}.partial"
-    aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    aside.replace(file)
+    file = folder / RESULTS
+    write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return file
 
 
@@ -111,7 +111,7 @@ def draw_plots(folder: Path, machine: Mapping[str, Any], rows: Sequence[Row]) ->
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from largebatch.train.plot_style import BLUE, STYLE, short_number
+    from largebatch.train.plot_style import BLUE, STYLE, save_figure, short_number
 
     measured = [(_one_line(row.case), row.figures) for row in rows if row.figures is not None]
     names = [name for name, _ in measured]
@@ -134,7 +134,7 @@ def draw_plots(folder: Path, machine: Mapping[str, Any], rows: Sequence[Row]) ->
             0, 1.12 * max(max(figures["pairs_per_s_of_repeats"]) for _, figures in measured)
         )
         _finish(ax, names, short_number)
-        figure.savefig(files[0])
+        save_figure(figure, files[0])
 
         figure = Figure(figsize=(9, height + 0.3), layout="constrained")
         ax = figure.subplots()
@@ -149,7 +149,7 @@ def draw_plots(folder: Path, machine: Mapping[str, Any], rows: Sequence[Row]) ->
         ax.set_title(f"microseconds per pair, by phase\n{where}")
         _finish(ax, names, short_number)
         figure.legend(loc="outside lower center", ncols=8, frameon=False, fontsize=9)
-        figure.savefig(files[1])
+        save_figure(figure, files[1])
     return files
 
 

@@ -21,6 +21,7 @@ from largebatch.commands.launch import launch
 from largebatch.config import SourceConfig, TrainConfig
 from largebatch.config.bench import SYNTHETIC, BenchConfig, Case
 from largebatch.errors import UserError
+from largebatch.files import write_text
 
 if TYPE_CHECKING:
     from largebatch.bench.report import Row
@@ -83,7 +84,7 @@ def _launched(config: BenchConfig, case: Case, number: int, sweep: "_Sweep") -> 
         "work": str(sweep.work),
         "result": str(result),
     }
-    order.write_text(json.dumps(content), encoding="utf-8")
+    write_text(order, json.dumps(content))
     try:
         launch(
             [sys.executable, "-m", "largebatch.commands.bench_case", str(order)],

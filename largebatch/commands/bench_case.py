@@ -8,6 +8,7 @@ from typing import Any
 
 from largebatch.commands.failures import end_failed_rank, report
 from largebatch.commands.launch import prepare_rank
+from largebatch.files import write_text
 
 
 def main(file: str) -> int:
@@ -42,7 +43,7 @@ def _measure(order: dict[str, Any]) -> None:
         figures = measure_case(config, plan, Path(order["work"]), rank)
         if rank.collectives.world.is_main:
             content = {"machine": describe_machine(config, rank), "figures": figures}
-            Path(order["result"]).write_text(json.dumps(content), encoding="utf-8")
+            write_text(Path(order["result"]), json.dumps(content))
 
 
 if __name__ == "__main__":

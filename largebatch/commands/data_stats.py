@@ -28,6 +28,7 @@ from largebatch.curate.statistics import (
 )
 from largebatch.data.ids import RepeatedIds, tell_repeated
 from largebatch.errors import UserError
+from largebatch.files import write_text
 from largebatch.train.build import text_phases
 
 EXAMPLE_CHARS = 160
@@ -62,7 +63,7 @@ def run(config: DataStatsConfig) -> None:
         **stats,
     }
     text = json.dumps(stats, indent=2, ensure_ascii=False)
-    (folder / "stats.json").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "stats.json", text + "\n")
     plots = _draw(folder, samples, limits[-1])
     _print(console, config, data.num_steps, stats)
     for file in (folder / "stats.json", *plots):

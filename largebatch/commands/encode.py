@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from largebatch.config import EncodeConfig
 from largebatch.errors import UserError
 from largebatch.evaluate.beir import json_objects, numbered_lines, text_of
+from largebatch.files import written_aside
 
 if TYPE_CHECKING:
     from largebatch.model.encoder import Encoder
@@ -22,17 +23,12 @@ def run(config: EncodeConfig) -> None:
     parts = encoder.embed(
         texts, side=config.side, tokens_per_chunk=config.batch_tokens, progress=True
     )
-    aside = output.with_name(f"{output.name}.partial")
-    try:
-        with aside.open("wb") as file:
-            # What np.save writes, without the whole matrix in memory.
-            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for part in parts:
-                file.write(part.astype("<f4", copy=False).data)
-        aside.replace(output)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(output) as aside, aside.open("wb") as file:
+        # What np.save writes, without the whole matrix in memory.
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(part.astype("<f4", copy=False).data)
     print(f"{output}: float32 {list(shape)}, a {config.side} a row")
 
 

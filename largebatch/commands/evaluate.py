@@ -6,6 +6,7 @@ from typing import Any
 
 from largebatch.commands.encode import load_encoder, writable
 from largebatch.config import EvaluateConfig
+from largebatch.files import write_text
 
 
 def run(config: EvaluateConfig) -> None:
@@ -37,9 +38,7 @@ def run(config: EvaluateConfig) -> None:
     Console().print(_table(results))
     if output is not None:
         whole = {"model": config.model, "split": config.split, "sets": results}
-        aside = output.with_name(f"{output.name}.partial")
-        aside.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.replace(output)
+        write_text(output, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
         print(f"written to {output}")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from largebatch.errors import UserError
+from largebatch.files import full_disk
 
 LAUNCHED = "LARGEBATCH_LAUNCHED"
 """Environment variable that tells a rank that `largebatch` itself started it."""
@@ -62,6 +63,9 @@ def describe(error: BaseException) -> str:
         return message
     if _lost_connection(error):
         return "the connection to another rank was lost; what that one says is the cause"
+    if (told := full_disk(error)) is not None:
+        name = getattr(error, "filename", None)
+        return f"{name or 'a file'} can't be read or written: {told}"
     kind = type(error).__name__
     return f"{kind}: {message or 'no message'} (run again with debug=true for the traceback)"
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from largebatch.config import PairsConfig
 from largebatch.curate.code_pairs import CodePair, extract_all, find_source_files, installed_roots
 from largebatch.curate.split import package_families, split_pairs
 from largebatch.errors import UserError
+from largebatch.files import write_text, writing, written_aside
 
 SUMMARY_NAME = "pairs.json"
 SOURCE = "code"
@@ -75,23 +75,13 @@ def _made_aside(folder: Path) -> Iterator[Path]:
     """Give an empty folder that takes the place of `folder` when all is well in the end."""
     from filelock import FileLock, Timeout
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock, aside, old = (
-        folder.with_name(f".{folder.name}.{what}") for what in ("lock", "partial", "old")
-    )
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(lock, timeout=0):
-            for leftover in (aside, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+        with writing(folder), lock.acquire(timeout=0), written_aside(folder) as aside:
             aside.mkdir()
-            try:
-                yield aside
-                if folder.exists():
-                    folder.rename(old)
-                aside.rename(folder)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            yield aside
     except Timeout:
         raise UserError(
             f"another process is writing output_dir={folder}; wait for it, or choose another folder"
@@ -124,7 +114,7 @@ def _write(config: PairsConfig, folder: Path) -> dict[str, Any]:
         "test": _describe(split.test),
     }
     text = json.dumps(summary, indent=2, ensure_ascii=False)
-    (folder / SUMMARY_NAME).write_text(f"{text}\n", encoding="utf-8", newline="\n")
+    write_text(folder / SUMMARY_NAME, f"{text}\n")
     return summary
 
 

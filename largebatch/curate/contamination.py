@@ -29,6 +29,7 @@ from largebatch.curate import minhash
 from largebatch.curate.minhash import Bands, Hashes, Rows, Signatures
 from largebatch.curate.textfile import TextFile, TextFileWriter
 from largebatch.evaluate.beir import load_retrieval_set
+from largebatch.files import write_array
 
 WAYS = (
     "same_query",
@@ -123,12 +124,13 @@ def build_index(
                     tables[key].append(table._replace(texts=table.texts + np.uint32(first)))
                 first += len(part)
             on_set(1)
-    np.savez(folder / "sets.npz", set_of=np.concatenate(set_of), is_query=np.concatenate(is_query))
+    write_array(folder / "set_of.npy", np.concatenate(set_of))
+    write_array(folder / "is_query.npy", np.concatenate(is_query))
     for key, parts in tables.items():
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
         order = np.argsort(columns[0], kind="stable")
         for name, column in zip(Table._fields, columns, strict=True):
-            np.save(folder / f"{key}.{name}.npy", column[order])
+            write_array(folder / f"{key}.{name}.npy", column[order])
     return sizes
 
 
@@ -137,10 +139,9 @@ class EvaluationIndex:
 
     def __init__(self, folder: Path, *, near: NearSettings | None) -> None:
         self.texts = TextFile(folder / "texts")
-        sets = np.load(folder / "sets.npz")
-        self.set_of = sets["set_of"]
+        self.set_of = np.load(folder / "set_of.npy")
         """Number of each text's set."""
-        self._is_query = sets["is_query"]
+        self._is_query = np.load(folder / "is_query.npy")
         self._near = near
         self._whole = _load(folder, "whole")
         sizes = range(MIN_RUN_WORDS, MAX_RUN_WORDS + 1)

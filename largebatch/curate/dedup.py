@@ -27,7 +27,6 @@ depend on the number of processes.
 """
 
 import itertools
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -61,6 +60,7 @@ from largebatch.curate.textfile import TextFileWriter
 from largebatch.data.index import INDEX_NAME
 from largebatch.data.shards import ShardWriter, resolve_source
 from largebatch.errors import UserError
+from largebatch.files import remove, reserve, writing
 
 Stage = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Begins a stage, given its title and number of units; what it gives counts those that are done."""
@@ -87,9 +87,10 @@ def deduplicate(config: DedupConfig, *, num_workers: int, stage: Stage) -> Repor
             for name in config.sources
         ]
         scratch = folder / ".scratch"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        remove(scratch)
+        with writing(scratch):
+            scratch.mkdir()
+        stack.callback(remove, scratch)
         run = _Run(config, parts, scratch, stage)
         workers = stack.enter_context(Workers(num_workers, run.settings))
         run.sketch(workers)
@@ -304,9 +305,12 @@ class _Run:
         return np.concatenate(similarities)
 
     def _column(self, name: str, shape: tuple[int, int]) -> npt.NDArray[np.uint64]:
-        return np.lib.format.open_memmap(
-            self._scratch / f"{name}.npy", mode="w+", dtype=np.uint64, shape=shape
-        )
+        path = self._scratch / f"{name}.npy"
+        with writing(path):
+            column = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint64, shape=shape)
+            # Now, for a mapped page that finds no room later ends the process by SIGBUS.
+            reserve(path)
+        return column
 
     def _kept(self) -> Numbers:
         return np.flatnonzero(self._fate == _KEPT)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from largebatch.data.records import Record
+from largebatch.files import write_text
 
 REPORT_NAME = "report.json"
 EXAMPLES_PER_SOURCE = 5
@@ -88,11 +89,9 @@ class Report(NamedTuple):
     """The first records of each source that each reason left out."""
 
     def save(self, folder: Path) -> None:
-        """Write report.json, aside first."""
+        """Write report.json, aside first; raises UserError if it can't be written."""
         content = self._asdict() | {"sources": [asdict(counts) for counts in self.sources]}
-        aside = folder / f"{REPORT_NAME}.partial"
-        aside.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        aside.replace(folder / REPORT_NAME)
+        write_text(folder / REPORT_NAME, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def _told(source: str, record: Record) -> dict[str, str]:

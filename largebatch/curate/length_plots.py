@@ -8,7 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from largebatch.curate.statistics import SIDES, Lengths, share_above
-from largebatch.train.plot_style import BLUE, GREEN, ORANGE, RED, STYLE, short_number
+from largebatch.train.plot_style import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    RED,
+    STYLE,
+    save_figure,
+    short_number,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +77,7 @@ def draw_lengths(
             ax.set_ylabel(
                 source.name, rotation=0, ha="right", va="center", fontweight="bold", labelpad=8
             )
-        figure.savefig(path)
+        save_figure(figure, path)
 
 
 def length_bins(lengths: npt.NDArray[Any], *, at_least: int) -> npt.NDArray[np.float64]:

@@ -14,6 +14,7 @@ import orjson
 from largebatch.data.locations import is_remote, read_bytes
 from largebatch.data.retries import DEFAULT_RETRIES, Retries
 from largebatch.errors import UserError
+from largebatch.files import written_aside
 
 INDEX_NAME = "index.json"
 MAX_SEGMENT_RECORDS = 1000
@@ -156,9 +157,14 @@ class ShardIndex(NamedTuple):
         return sum(shard.num_records for shard in self.shards)
 
     def save(self, folder: Path) -> None:
-        """Write index.json, aside first, so that no reader ever sees a part of it."""
-        aside = folder / f"{INDEX_NAME}.partial"
-        with aside.open("w", encoding="utf-8", newline="\n") as file:
+        """Write index.json, aside first, so that no reader ever sees a part of it.
+
+        Raises UserError if it can't be written.
+        """
+        with (
+            written_aside(folder / INDEX_NAME) as aside,
+            aside.open("w", encoding="utf-8", newline="\n") as file,
+        ):
             file.write(
                 f'{{"format": "{_FORMAT}", "version": {_VERSION}, '
                 f'"num_records": {self.num_records},\n'
@@ -167,7 +173,6 @@ class ShardIndex(NamedTuple):
             for i, shard in enumerate(self.shards):
                 file.write(f"{',' * (i > 0)}{shard_to_json(shard)}\n")
             file.write("]}\n")
-        aside.replace(folder / INDEX_NAME)
 
     @classmethod
     def load(cls, folder: str | Path, *, retries: Retries = DEFAULT_RETRIES) -> Self:

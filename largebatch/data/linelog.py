@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from largebatch.files import writing
+
 
 class LineLog:
     """Appends JSON lines; what a kill left of a half-written one is removed first.
@@ -20,17 +22,22 @@ class LineLog:
         self.durable = durable
         if file.exists():
             content = file.read_bytes()
-            with file.open("r+b") as existing:
+            with writing(file), file.open("r+b") as existing:
                 existing.truncate(content.rfind(b"\n") + 1)
 
     def append(self, entries: Iterable[Any]) -> None:
-        """Append a line for each entry."""
+        """Append a line for each entry.
+
+        Raises:
+            UserError: The file can't be written.
+        """
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
         if not lines:
             return
-        self.file.parent.mkdir(exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(lines)
-            if self.durable:
-                file.flush()
-                os.fsync(file.fileno())
+        with writing(self.file):
+            self.file.parent.mkdir(exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(lines)
+                if self.durable:
+                    file.flush()
+                    os.fsync(file.fileno())

@@ -27,6 +27,7 @@ from largebatch.data.packed import unpack
 from largebatch.data.shards import find_files
 from largebatch.data.tar import MAX_MEMBER_BYTES, MAX_SAMPLE_BYTES, Member, iter_members
 from largebatch.errors import DataError, UserError
+from largebatch.files import writing
 
 PARTIAL_NAME = "index.partial.jsonl"
 
@@ -226,9 +227,15 @@ class _PartialIndex:
     def keep(self, shard: Shard, stat: os.stat_result) -> None:
         if shard.num_bytes == stat.st_size:
             line = f'{{"mtime_ns": {stat.st_mtime_ns}, "shard": {shard_to_json(shard)}}}\n'
-            with self._path.open("ab") as file:
-                # After a line that was cut off, this begins a new one.
-                file.write(b"\n" * (file.tell() > 0) + line.encode())
+            before = self._path.stat().st_size if self._path.exists() else 0
+            try:
+                with writing(self._path), self._path.open("ab") as file:
+                    # After a line that was cut off, this begins a new one.
+                    file.write(b"\n" * (before > 0) + line.encode())
+            except UserError:
+                if before == 0:
+                    self.remove()
+                raise
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +40,7 @@ from largebatch.data.records import Record
 from largebatch.data.retries import DEFAULT_RETRIES, Retries
 from largebatch.data.tar import MAX_RECORD_BYTES
 from largebatch.errors import DataError, UserError
+from largebatch.files import writing
 
 __all__ = [
     "INDEX_NAME",
@@ -60,7 +62,8 @@ class ShardWriter:
     give the same bytes. `dropped` counts what the caller leaves out, for the index.
 
     Raises UserError on entry if another process is writing to the folder, or if there are tar
-    files of the same kind in it that no index lists.
+    files of the same kind in it that no index lists; and where a file can't be written, on a full
+    disk for example.
     """
 
     def __init__(self, folder: Path, *, records_per_shard: int, layout: str = "packed") -> None:
@@ -77,21 +80,23 @@ class ShardWriter:
         self._open: _OpenShard | None = None
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._is_new = not self.folder.exists()
         self._lock = FileLock(self.folder / ".lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"another process is writing to {self.folder}; wait, or choose another folder"
-            ) from None
-        try:
-            self._replaced = self._find_replaced()
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir()
-        except BaseException:
-            self._lock.release()
-            raise
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise UserError(
+                    f"another process is writing to {self.folder}; wait, or choose another folder"
+                ) from None
+            try:
+                self._replaced = self._find_replaced()
+                shutil.rmtree(self._partial, ignore_errors=True)
+                self._partial.mkdir()
+            except BaseException:
+                self._leave()
+                raise
         return self
 
     def write(self, record: Record, extra: Mapping[str, Any] | None = None) -> None:
@@ -103,7 +108,7 @@ class ShardWriter:
         if self._open is None:
             name = f"shard-{len(self._shards):06d}.tar"
             opened = {"packed": _OpenPackedShard, "samples": _OpenShard}[self.layout]
-            self._open = opened(self._partial / name)
+            self._open = opened(self._partial / name, self.folder / name)
         self._open.append(f"{self.num_records:09d}", _encode(record, extra or {}))
         self.num_records += 1
         if self._open.num_records == self.records_per_shard:
@@ -116,13 +121,22 @@ class ShardWriter:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if self._open is not None:
-                self._finish_shard()
             if error is None:
+                if self._open is not None:
+                    self._finish_shard()
                 self._put_in_place()
         finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._lock.release()
+            if self._open is not None:
+                self._open.abandon()
+            self._leave()
+
+    def _leave(self) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._lock.release()
+        if self._is_new and not (self.folder / INDEX_NAME).exists():
+            with suppress(OSError):  # it holds something, then
+                (self.folder / ".lock").unlink(missing_ok=True)
+                self.folder.rmdir()
 
     def _find_replaced(self) -> list[Path]:
         has_index = (self.folder / INDEX_NAME).exists()
@@ -141,10 +155,11 @@ class ShardWriter:
         self._open = None
 
     def _put_in_place(self) -> None:
-        for path in self._replaced:
-            path.unlink(missing_ok=True)
-        for shard in self._shards:
-            (self._partial / shard.file).replace(self.folder / shard.file)
+        with writing(self.folder):
+            for path in self._replaced:
+                path.unlink(missing_ok=True)
+            for shard in self._shards:
+                (self._partial / shard.file).replace(self.folder / shard.file)
         ShardIndex(tuple(self._shards), dict(sorted(self.dropped.items()))).save(self.folder)
 
 
@@ -213,14 +228,16 @@ def find_files(url: str) -> list[str]:
 
 
 class _OpenShard:
-    """A shard that is being written, a member a record."""
+    """A shard that is being written to `path`, to stand in `place` later; a member a record."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, place: Path) -> None:
         # Imported here: it imports torch, which commands that only convert data can do without.
         from webdataset.writer import TarWriter
 
         self._path = path
-        self._file = _HashingFile(path.open("wb"))
+        self._place = place
+        with writing(place):
+            self._file = _HashingFile(path.open("wb"))
         self._tar = TarWriter(self._file, user="", group="", encoder=False, mtime=0)
         self._stretches: list[Stretch] = []
         self.num_records = 0
@@ -230,17 +247,24 @@ class _OpenShard:
         self._add_member(key, "json", content, num_records=1)
 
     def finish(self) -> Shard:
-        self._tar.close()
-        self._file.close()
+        with writing(self._place):
+            self._tar.close()
+            self._file.close()
         with self._path.open("rb") as file:
             segments = with_checksums(cut_segments(self._stretches), file)
             num_bytes = file.seek(0, os.SEEK_END)
         digest = self._file.sha256.hexdigest()
         return Shard(self._path.name, self.num_records, num_bytes, digest, segments)
 
+    def abandon(self) -> None:
+        """Let go of a file that will not be finished."""
+        with suppress(OSError):  # what is left to write may not fit any more
+            self._file.close()
+
     def _add_member(self, key: str, extension: str, content: bytes, *, num_records: int) -> None:
         begin: int = self._tar.tarstream.offset
-        self._tar.write({"__key__": key, extension: content})
+        with writing(self._place):
+            self._tar.write({"__key__": key, extension: content})
         end: int = self._tar.tarstream.offset
         self._stretches.append(Stretch(begin, end, num_records, is_packed=extension == PACKED))
 
@@ -248,8 +272,8 @@ class _OpenShard:
 class _OpenPackedShard(_OpenShard):
     """A shard that is being written, a member a segment."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, place: Path) -> None:
+        super().__init__(path, place)
         self._key = ""
         self._lines: list[bytes] = []
         self._num_bytes = 0

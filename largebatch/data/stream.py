@@ -96,7 +96,7 @@ class Stream:
                 num_workers=self.workers,
                 prefetch_factor=self.prefetch if self.workers else None,
                 collate_fn=_unchanged,
-                worker_init_fn=_end_with_rank,
+                worker_init_fn=_begin_worker,
                 # Its own generator: the loader must not draw from the one that dropout draws from.
                 generator=torch.Generator(),
             )
@@ -246,7 +246,14 @@ class _Parts(IterableDataset[RankBatch | _Failure]):
             yield _Failure(str(error))
 
 
-def _end_with_rank(_worker: int) -> None:
+def _begin_worker(_worker: int) -> None:
+    # The pool of threads of `tokenizers` did not survive the fork: whoever uses it waits for ever,
+    # whatever a job script says.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _end_with_rank()
+
+
+def _end_with_rank() -> None:
     """Make this loader process end when the process that started it does, even by SIGKILL.
 
     torch looks after that only between two batches: a process whose batch nobody takes any more

@@ -8,7 +8,7 @@ from typing import Any
 from largebatch.batch import Texts
 from largebatch.errors import UserError
 
-# A forked loader process must not touch the thread pool of the process it was forked from.
+# Quicker for single texts; and it need not warn of the forks of loader processes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from largebatch.errors import UserError
+from largebatch.files import written_aside
 
 log = logging.getLogger(__name__)
 
@@ -197,11 +198,11 @@ def _text_lines(texts: dict[str, str]) -> Iterator[str]:
 
 def _write(path: Path, lines: Iterable[str]) -> None:
     """Write lines aside, then move the file into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.partial")
-    with aside.open("w", encoding="utf-8", newline="\n") as file:
+    with (
+        written_aside(path) as aside,
+        aside.open("w", encoding="utf-8", newline="\n") as file,
+    ):
         file.writelines(f"{line}\n" for line in lines)
-    aside.replace(path)
 
 
 def _existing(path: Path) -> Path:

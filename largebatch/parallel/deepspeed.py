@@ -34,11 +34,9 @@ from largebatch.parallel.modules import (
     missing_gradients_are_zeros,
     trained,
 )
-from largebatch.parallel.optimizer import make_optimizer, set_learning_rate
+from largebatch.parallel.optimizer import MOMENTS, make_optimizer, set_learning_rate
 from largebatch.parallel.strategy import Backward
 from largebatch.phases import phase
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedModel:
@@ -241,6 +239,14 @@ class DeepSpeedModel:
             **{f"loss.{name}": t.shape for name, t in self.loss.state_dict().items()},
         }
 
+    def trained_shapes(self) -> dict[str, torch.Size]:
+        """Return the names and shapes of the weights that the optimizer moves."""
+        named = [
+            *((f"encoder.{name}", p) for name, p in self._module.named_parameters()),
+            *((f"loss.{name}", p) for name, p in self.loss.named_parameters()),
+        ]
+        return {name: getattr(p, "ds_shape", p.shape) for name, p in named if p.requires_grad}
+
     def weights(self) -> dict[str, Tensor]:
         """Return the whole weights by name on rank 0, nothing elsewhere."""
         found: dict[str, Tensor] = {}
@@ -304,11 +310,8 @@ class DeepSpeedModel:
                 self._client.state[parameter] = entries_of(tensors, f"encoder.{name}", parameter)
                 continue
             for key in MOMENTS:
-                shape = getattr(parameter, "ds_shape", parameter.shape)
-                value = tensors.get(f"{key}.encoder.{name}", torch.zeros(shape))
-                self._utils.safe_set_full_optimizer_state(
-                    parameter, value.to(self._module.device), key
-                )
+                value = tensors[f"{key}.encoder.{name}"].to(self._module.device)
+                self._utils.safe_set_full_optimizer_state(parameter, value, key)
 
     def _make_moments(self) -> None:
         """Make AdamW's state, which it would make in its first step.

@@ -14,7 +14,7 @@ from largebatch.config import OptimConfig
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
-from largebatch.parallel.optimizer import make_optimizer, set_learning_rate
+from largebatch.parallel.optimizer import MOMENTS, make_optimizer, set_learning_rate
 
 
 class OptimizedModules:
@@ -73,6 +73,11 @@ class OptimizedModules:
         """Return the names and shapes of the weights."""
         return {name: tensor.shape for name, tensor in self._tensors()}
 
+    def trained_shapes(self) -> dict[str, torch.Size]:
+        """Return the names and shapes of the weights that the optimizer moves."""
+        names = self._names_of_parameters()
+        return {names[parameter]: parameter.shape for parameter in self.parameters}
+
     def weights(self) -> dict[str, Tensor]:
         """Return the whole weights by name on rank 0, nothing elsewhere."""
         return self._on_main(self._tensors())
@@ -101,8 +106,6 @@ class OptimizedModules:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     optimizer.state[parameter] = entries_of(tensors, names[parameter], parameter)
-                    if not optimizer.state[parameter]:  # no step has moved it
-                        del optimizer.state[parameter]
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for prefix, module in (("encoder", self.encoder), ("loss", self.loss)):
@@ -179,17 +182,12 @@ def missing_gradients_are_zeros(parameters: Sequence[nn.Parameter]) -> Iterator[
 def entries_of(
     tensors: Mapping[str, Tensor], name: str, parameter: nn.Parameter
 ) -> dict[str, Tensor]:
-    """Return AdamW's state of a parameter from a checkpoint's tensors, empty if it has none."""
-    entries: dict[str, Tensor] = {}
-    for key in ("step", "exp_avg", "exp_avg_sq"):
-        if (tensor := tensors.get(f"{key}.{name}")) is None:
-            continue
-        if key == "step":
-            entries[key] = tensor.to(parameter.device, torch.float32)
-        else:
-            # In the parameter's own order of memory, which AdamW's fused kernel takes for granted.
-            entries[key] = torch.empty_like(parameter, requires_grad=False)
-            _local(entries[key]).copy_(_local(_as(tensor, parameter)))
+    """Return AdamW's state of a parameter from a checkpoint's tensors."""
+    entries = {"step": tensors[f"step.{name}"].to(parameter.device, torch.float32)}
+    for key in MOMENTS:
+        # In the parameter's own order of memory, which AdamW's fused kernel takes for granted.
+        entries[key] = torch.empty_like(parameter, requires_grad=False)
+        _local(entries[key]).copy_(_local(_as(tensors[f"{key}.{name}"], parameter)))
     return entries
 
 

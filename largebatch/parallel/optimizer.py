@@ -7,6 +7,9 @@ from torch import nn
 
 from largebatch.config import OptimConfig
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each weight, in the weight's shape, beside the number of its steps."""
+
 
 def make_optimizer(modules: Iterable[nn.Module], config: OptimConfig) -> torch.optim.AdamW:
     """Return AdamW (arXiv 1711.05101) over the trained parameters of modules.

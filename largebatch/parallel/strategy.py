@@ -88,6 +88,9 @@ class Strategy(Protocol):
     def shapes(self) -> dict[str, torch.Size]:
         """Return the names and shapes of the weights."""
 
+    def trained_shapes(self) -> dict[str, torch.Size]:
+        """Return the names and shapes of the weights that the optimizer moves."""
+
     def weights(self) -> dict[str, Tensor]:
         """Return the whole weights by name on rank 0, nothing elsewhere."""
 
@@ -97,7 +100,7 @@ class Strategy(Protocol):
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return exp_avg.NAME, exp_avg_sq.NAME and step.NAME on rank 0, nothing elsewhere.
 
-        A weight that no step has moved has none.
+        Each weight of `trained_shapes` has the three, once a step was taken.
         """
 
     def set_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from largebatch.data.shards import resolve_source
 from largebatch.data.source import Source
 from largebatch.data.stream import TextPhase, sample_texts
 from largebatch.data.text import TextSettings, train_tokenizer
+from largebatch.files import written_aside
 from largebatch.gradcache import GradCache
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.temperature import Temperature
@@ -182,11 +183,11 @@ def build_encoder(
             **how,
             **_given(config.text),
         )
-        collectives.on_main(lambda: save_settings(encoder, folder))
+        collectives.on_main(lambda: _save_settings(encoder, folder))
         return encoder
 
     def start_from_scratch() -> None:
-        save_settings(
+        _save_settings(
             Encoder.from_scratch(
                 backbone.model_type,
                 _tokenizer(config, sources, shares),
@@ -201,6 +202,11 @@ def build_encoder(
 
     collectives.on_main(start_from_scratch)
     return Encoder.from_settings(folder, **how)
+
+
+def _save_settings(encoder: Encoder, folder: Path) -> None:
+    with written_aside(folder) as aside:
+        save_settings(encoder, aside)
 
 
 def _given(text: TextConfig) -> dict[str, Any]:

@@ -13,8 +13,9 @@ of the tensors don't depend on the strategy.
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +25,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from largebatch.errors import UserError
+from largebatch.files import written_aside
+from largebatch.parallel.optimizer import MOMENTS
 from largebatch.parallel.strategy import Strategy
+from largebatch.world import World
 
 FORMAT = 2
+Kind = type | tuple[type, ...]
+DETAILS: dict[str, Kind] = {
+    "step": int,
+    "world_size": int,
+    "best": (dict, type(None)),
+    "config": dict,
+}
+"""Entries of every state.json; whoever saves one may add others."""
 
 
 class Tensors(NamedTuple):
@@ -50,8 +62,10 @@ class Best(NamedTuple):
 
 def list_checkpoints(folder: Path) -> list[int]:
     """Return the steps of the complete checkpoints in a folder, lowest first."""
-    names = (path.name for path in folder.glob("step_*") if (path / "state.json").is_file())
-    return sorted(int(name.removeprefix("step_")) for name in names)
+    found = (re.fullmatch(r"step_(\d{8,})", path.name) for path in folder.glob("step_*"))
+    return sorted(
+        int(name[1]) for name in found if name and (folder / name[0] / "state.json").is_file()
+    )
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -81,11 +95,8 @@ def save_checkpoint(
     Raises:
         UserError: It can't be written, for example on a full disk. Earlier ones are untouched.
     """
-    final = checkpoint_path(folder, step)
-    aside = folder / f".{final.name}.partial"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+    with written_aside(checkpoint_path(folder, step)) as aside:
+        aside.mkdir()
         save_file(_savable(tensors.weights), aside / "weights.safetensors")
         save_file(_savable(tensors.optimizer), aside / "optimizer.safetensors")
         save_file(
@@ -106,31 +117,47 @@ def save_checkpoint(
         }
         (aside / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         _flush(aside)
-        # A run that resumed from an earlier step may come by here again.
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"checkpoint {final} can't be written: {error}") from error
 
 
-def read_details(folder: Path, step: int) -> dict[str, Any]:
+def read_details(
+    folder: Path, step: int, *, further: Mapping[str, Kind] | None = None
+) -> dict[str, Any]:
     """Return state.json of a checkpoint.
+
+    Args:
+        folder: The run's checkpoints/.
+        step: Of the checkpoint.
+        further: The types of entries that it must have beside `DETAILS`.
 
     Raises:
         UserError: It is missing, damaged, or of another format.
     """
     path = checkpoint_path(folder, step) / "state.json"
     try:
-        details: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {path.parent} can't be read: {error}") from error
+        details = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} can't be read: {error}; {_cure(path)}") from error
+    if not isinstance(details, dict):
+        raise UserError(f"{path} can't be read: it holds no JSON object; {_cure(path)}")
     if details.get("format") != FORMAT:
         raise UserError(
             f"checkpoint {path.parent} has format {details.get('format')}, this version of "
             f"largebatch reads format {FORMAT}"
         )
+    for name, kind in (DETAILS | dict(further or {})).items():
+        if not isinstance(details.get(name, ...), kind):
+            raise damaged(folder, step, f"{name} is missing or wrong")
+    if details["step"] != step:
+        raise UserError(
+            f"{path} is of step {details['step']}, not of {step} as its folder says; {_cure(path)}"
+        )
     return details
+
+
+def damaged(folder: Path, step: int, what: str) -> UserError:
+    """Return what to raise if something is wrong with state.json of a checkpoint."""
+    path = checkpoint_path(folder, step) / "state.json"
+    return UserError(f"{path} is damaged: {what}; {_cure(path)}")
 
 
 def load_weights(folder: Path, step: int, strategy: Strategy) -> None:
@@ -141,7 +168,7 @@ def load_weights(folder: Path, step: int, strategy: Strategy) -> None:
     """
     path = checkpoint_path(folder, step) / "weights.safetensors"
     tensors = _load(path)
-    _check_shapes(path, tensors, strategy.shapes())
+    _check(path, tensors, strategy.shapes(), floats=strategy.trained_shapes())
     strategy.set_weights(tensors)
 
 
@@ -167,18 +194,22 @@ def load_optimizer(folder: Path, step: int, strategy: Strategy) -> None:
     """Restore the optimizer's moments and step counts; called by all ranks.
 
     Raises:
-        UserError: The checkpoint is damaged, or is of another model.
+        UserError: The checkpoint is damaged, or is of another model: each trained weight needs its
+            two moments and the number of steps that it has taken, which is the checkpoint's.
     """
     path = checkpoint_path(folder, step) / "optimizer.safetensors"
     tensors = _load(path)
-    shapes = strategy.shapes()
-    expected = {
-        key: torch.Size([]) if entry == "step" else shapes[name]
-        for key in tensors
-        for entry, _, name in [key.partition(".")]
-        if name in shapes
-    }
-    _check_shapes(path, tensors, expected)
+    expected: dict[str, torch.Size] = {}
+    for name, shape in strategy.trained_shapes().items():
+        expected |= {f"{moment}.{name}": shape for moment in MOMENTS}
+        expected[f"step.{name}"] = torch.Size([])
+    _check(path, tensors, expected, floats=expected)
+    for name, tensor in tensors.items():
+        if name.startswith("step.") and tensor.item() != step:
+            raise UserError(
+                f"{path} is of another checkpoint: {name} is {tensor.item():g}, not {step}; "
+                f"{_cure(path)}"
+            )
     strategy.set_optimizer_state(tensors)
 
 
@@ -190,20 +221,29 @@ def read_random_state(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def load_random_state(folder: Path, step: int, *, rank: int, device: torch.device) -> None:
-    """Restore this rank's generators.
+def load_random_state(folder: Path, step: int, *, world: World, device: torch.device) -> None:
+    """Restore this rank's generators; those of the others must be there too.
 
     Raises:
         UserError: The checkpoint is damaged, or was taken on another kind of device.
     """
     path = checkpoint_path(folder, step) / "random.safetensors"
     tensors = _load(path)
-    try:
-        torch.set_rng_state(tensors[f"cpu.{rank}"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(tensors[f"cuda.{rank}"], device)
-    except KeyError as error:
-        raise UserError(f"{path} lacks {error}: it was taken on another kind of device") from error
+    own = read_random_state(device)
+    for rank in range(world.size):
+        for kind, state in own.items():
+            tensor = tensors.get(f"{kind}.{rank}")
+            if tensor is None and kind != "cpu" and f"cpu.{rank}" in tensors:
+                raise UserError(
+                    f"{path} lacks {kind}.{rank}: it was taken on another kind of device; use "
+                    "that, or another number of ranks, with which dropout is drawn anew"
+                )
+            if tensor is None or (tensor.dtype, tensor.shape) != (state.dtype, state.shape):
+                told = "is missing" if tensor is None else "is no state of a generator"
+                raise UserError(f"{path} is damaged: {kind}.{rank} {told}; {_cure(path)}")
+    torch.set_rng_state(tensors[f"cpu.{world.rank}"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors[f"cuda.{world.rank}"], device)
 
 
 def load_best(folder: Path) -> Best | None:
@@ -213,8 +253,11 @@ def load_best(folder: Path) -> Best | None:
         UserError: The newest checkpoint is damaged.
     """
     steps = list_checkpoints(folder)
-    entry = read_details(folder, steps[-1]).get("best") if steps else None
-    best = None if entry is None else Best(**entry)
+    entry = read_details(folder, steps[-1])["best"] if steps else None
+    try:
+        best = None if entry is None else Best(**entry)
+    except TypeError as error:
+        raise damaged(folder, steps[-1], "best is wrong") from error
     return best if best is not None and best.step in steps else None
 
 
@@ -238,9 +281,18 @@ def _savable(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_shapes(
-    path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
+def _check(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, torch.Size],
+    *,
+    floats: Collection[str],
 ) -> None:
+    """Check names, shapes, and the types of those that hold floating-point numbers.
+
+    Raises:
+        UserError: Something does not fit; names the file and the first few of them.
+    """
     faults = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
     faults += [f"{name} is unknown" for name in tensors.keys() - expected.keys()]
     faults += [
@@ -248,17 +300,26 @@ def _check_shapes(
         for name, tensor in tensors.items()
         if name in expected and tensor.shape != expected[name]
     ]
+    faults += [
+        f"{name} is of type {str(tensor.dtype).removeprefix('torch.')}, not float32"
+        for name, tensor in tensors.items()
+        if name in floats and tensor.dtype not in (torch.float32, torch.float64)
+    ]
     if faults:
         shown = "; ".join(sorted(faults)[:3])
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UserError(f"{path} is of another model: {shown}{more}")
+        raise UserError(f"{path} is of another model or damaged: {shown}{more}; {_cure(path)}")
 
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} can't be read: {error}") from error
+        raise UserError(f"{path} can't be read: {error}; {_cure(path)}") from error
+
+
+def _cure(path: Path) -> str:
+    return f"put a whole copy back, or remove {path.parent} to go on from an earlier checkpoint"
 
 
 def _flush(folder: Path) -> None:

@@ -3,7 +3,8 @@
 import json
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from largebatch.config import LoggerConfig
 from largebatch.errors import UserError
+from largebatch.files import write_text, writing
 from largebatch.train.console import evaluation_lines, header_line, step_line
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class RunLog:
         max_steps: int,
     ) -> None:
         self._folder = folder
+        self._path = folder / METRICS_FILE
         self._config = config
         self._run_name = run_name
         self._settings = settings
@@ -54,7 +57,7 @@ class RunLog:
         self._num_lines = 0
         self._file: IO[str] | None = None
         self._wandb: _WandbRun | None = None
-        _drop_steps_from(folder / METRICS_FILE, first_step)
+        drop_entries(folder / METRICS_FILE, lambda entry: entry["step"] >= first_step)
 
     def __enter__(self) -> Self:
         if self._config.wandb != "disabled":
@@ -66,7 +69,8 @@ class RunLog:
                 settings=self._settings,
                 console=self._console,
             )
-        self._file = (self._folder / METRICS_FILE).open("a", encoding="utf-8")
+        with writing(self._path):
+            self._file = self._path.open("a", encoding="utf-8")
         return self
 
     def __exit__(
@@ -76,7 +80,9 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            # What a full disk has not taken, it takes at the end no more.
+            with writing(self._path) if error is None else suppress(OSError):
+                self._file.close()
             self._file = None
         if self._wandb is not None:
             self._wandb.finish(failed=kind is not None)
@@ -86,8 +92,9 @@ class RunLog:
         """Write `values`, named as in `train/loss` or `eval/<set>/ndcg@10`, under `step`."""
         assert self._file is not None, "RunLog.log outside its with block"
         entry = {"step": step} | {name: _json_number(value) for name, value in values.items()}
-        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+            self._file.flush()
         self._print(step, values)
         if self._wandb is not None:
             self._wandb.log(step, values)
@@ -126,17 +133,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _drop_steps_from(path: Path, first_step: int) -> None:
+def drop_entries(path: Path, unwanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Take entries out of a `metrics.jsonl`, and a last line that a kill cut short.
+
+    Raises `UserError` as `read_metrics` does, or if the file can't be written.
+    """
     if not path.exists():
         return
-    kept = [entry for entry in read_metrics(path) if entry["step"] < first_step]
-    _write_aside(path, "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in kept))
-
-
-def _write_aside(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    kept = [entry for entry in read_metrics(path) if not unwanted(entry)]
+    write_text(path, "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in kept))
 
 
 def _json_number(value: float) -> float | None:
@@ -221,15 +226,15 @@ class _WandbRun:
                 f"logger.wandb={options.mode}: wandb did not start ({reason}): {cure}"
             ) from error
         run.define_metric("step", hidden=True)
-        run.define_metric("train/*", step_metric="step")
-        run.define_metric("eval/*", step_metric="step")
+        # All of them, so that no name that is logged one day is drawn over wandb's own counter.
+        run.define_metric("*", step_metric="step")
         return run
 
     def _run_id(self) -> str:
         """Return the id that all processes of this run share, made by the first of them."""
         path = self._folder / _WANDB_FILE
         if not path.exists():
-            _write_aside(path, json.dumps({"id": secrets.token_hex(4)}) + "\n")
+            write_text(path, json.dumps({"id": secrets.token_hex(4)}) + "\n")
         try:
             return str(json.loads(path.read_bytes())["id"])
         except (ValueError, KeyError, TypeError) as error:

@@ -1,13 +1,17 @@
 """How plots look: style, curves, axes and labels, shared by all plots of a run."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from largebatch.files import written_aside
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Floats = npt.NDArray[np.float64]
 
@@ -35,6 +39,16 @@ STYLE: dict[Any, Any] = {
     "ytick.color": _PALE,
     "ytick.labelcolor": _INK,
 }
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure to a .png file, aside first.
+
+    Raises:
+        UserError: It can't be written.
+    """
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png")
 
 
 class Series(NamedTuple):

@@ -22,6 +22,7 @@ from largebatch.train.plot_style import (
     draw_level,
     draw_noisy_curve,
     draw_points,
+    save_figure,
     short_number,
     style_axes,
     write_labels,
@@ -68,8 +69,7 @@ def draw_plots(folder: Path) -> list[Path]:
             figures["overview"] = _figure(run, title, small, width=5.2, height=3.4)
         written = [folder / "plots" / f"{name}.png" for name in figures]
         for path, figure in zip(written, figures.values(), strict=True):
-            path.parent.mkdir(exist_ok=True)
-            figure.savefig(path)
+            save_figure(figure, path)
     return written
 
 

@@ -1,10 +1,18 @@
-"""Whether a run may go on from what its folder holds."""
+"""How far a run came, and whether it may go on from what its folder holds."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from fnmatch import fnmatchcase
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import yaml
+
+from largebatch.config import TrainConfig
 from largebatch.errors import UserError
+from largebatch.files import write_text
+from largebatch.train.checkpoint import Kind, damaged, list_checkpoints, read_details
+from largebatch.train.result import is_over
 
 MAY_CHANGE = (
     "checkpoint",
@@ -36,6 +44,53 @@ MAY_CHANGE = (
 
 NEWER = ("data.sources.*.mask_same_id",)
 """Options that were not there when older runs began; those go on with what is set now."""
+
+
+class Progress(NamedTuple):
+    """How far earlier processes of a run came."""
+
+    step: int
+    """Steps that are saved."""
+    elapsed_s: float
+    """Seconds that they took."""
+    is_over: bool
+    """Whether nothing is left to do."""
+
+
+def find_progress(folder: Path, config: TrainConfig) -> Progress:
+    """Look how far the run in a folder came; writes config.yaml, unless it is over.
+
+    Raises:
+        UserError: It can't go on with this config, or its newest checkpoint is damaged.
+    """
+    settings = asdict(config)
+    checkpoints = folder / "checkpoints"
+    steps = list_checkpoints(checkpoints)
+    elapsed_s = 0.0
+    if steps:
+        details = read_run_details(checkpoints, steps[-1])
+        check_same_run(details["config"], settings, folder=str(folder))
+        if steps[-1] > config.max_steps:
+            raise UserError(
+                f"{folder} was trained for {steps[-1]} steps, more than max_steps="
+                f"{config.max_steps}; choose another output_dir"
+            )
+        elapsed_s = float(details["elapsed_s"])
+    step = steps[-1] if steps else 0
+    if step == config.max_steps and is_over(folder, step):
+        return Progress(step, elapsed_s, is_over=True)
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    write_text(folder / "config.yaml", text)
+    return Progress(step, elapsed_s, is_over=False)
+
+
+def read_run_details(checkpoints: Path, step: int) -> dict[str, Any]:
+    """Return state.json of a run's checkpoint, as `read_details` does."""
+    further: dict[str, Kind] = {"elapsed_s": (int, float), "shards": dict, "engine": dict}
+    details = read_details(checkpoints, step, further=further)
+    if missing := {"tokens_per_chunk", "keep_plan"} - details["engine"].keys():
+        raise damaged(checkpoints, step, f"engine lacks {sorted(missing)}")
+    return details
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, folder: str) -> None:

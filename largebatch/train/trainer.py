@@ -1,15 +1,13 @@
 """The training run: build the parts, resume, loop, and leave a scored, loadable model behind."""
 
-import json
 import logging
-import shutil
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from filelock import FileLock, Timeout
 
 from largebatch.batch import RankBatch, Texts
@@ -17,6 +15,7 @@ from largebatch.budget import KeepPlan
 from largebatch.config import TrainConfig
 from largebatch.dropout import rank_seed
 from largebatch.errors import UserError
+from largebatch.files import writing, written_aside
 from largebatch.model.encoder import Encoder
 from largebatch.model.finite import check_weights
 from largebatch.parallel.collectives import Collectives
@@ -25,24 +24,23 @@ from largebatch.train.build import build_encoder, build_step
 from largebatch.train.checkpoint import (
     Best,
     Tensors,
-    list_checkpoints,
     load_best,
     load_optimizer,
     load_random_state,
     load_weights,
-    read_details,
     read_random_state,
     remove_old,
     save_checkpoint,
 )
 from largebatch.train.evaluation import Evaluation, load_sets
 from largebatch.train.feed import Feed
-from largebatch.train.loggers import RunLog
+from largebatch.train.loggers import METRICS_FILE, RunLog, drop_entries, read_metrics
 from largebatch.train.metrics import StepMeter
 from largebatch.train.plots import draw_plots
 from largebatch.train.process import connected
-from largebatch.train.report import print_lines, print_result
-from largebatch.train.resume import check_same_run
+from largebatch.train.report import print_lines
+from largebatch.train.result import Result, print_result, write_result
+from largebatch.train.resume import Progress, find_progress, read_run_details
 from largebatch.train.step import train_step
 
 log = logging.getLogger(__name__)
@@ -51,8 +49,8 @@ log = logging.getLogger(__name__)
 def train(config: TrainConfig) -> None:
     """Train, evaluate and export by a config; every rank calls it.
 
-    The run folder says how far an earlier process came; this one goes on from there, and after the
-    last step only repeats the result.
+    The run folder says how far an earlier process came; this one goes on from there, and if nothing
+    is left to do it only repeats the result.
 
     Raises:
         UserError: Something that the user can mend is wrong, on all ranks or on this one.
@@ -60,14 +58,23 @@ def train(config: TrainConfig) -> None:
     with connected(config) as (device, collectives), ExitStack() as stack:
         folder = Path(config.output_dir)
         collectives.on_main(lambda: _open_folder(folder, stack))
-        _Run(config, folder, device, collectives).start(stack)
+        progress = collectives.on_main(lambda: find_progress(folder, config))
+        if progress.is_over:
+            collectives.on_main(lambda: _tell_that_it_is_over(folder, config))
+        else:
+            _Run(config, folder, device, collectives, progress).start()
 
 
 class _Run:
     """The parts of a run, on one rank."""
 
     def __init__(
-        self, config: TrainConfig, folder: Path, device: torch.device, collectives: Collectives
+        self,
+        config: TrainConfig,
+        folder: Path,
+        device: torch.device,
+        collectives: Collectives,
+        progress: Progress,
     ) -> None:
         # 1. What was trained already.
         self.config = config
@@ -77,7 +84,9 @@ class _Run:
         self.world = collectives.world
         self.settings = asdict(config)
         self.checkpoints = folder / "checkpoints"
-        self.first_step, self.elapsed_before_s = collectives.on_main(self._find_progress)
+        self.first_step, self.elapsed_before_s = progress.step, progress.elapsed_s
+        self.is_trained = self.first_step == config.max_steps
+        self.run_log: RunLog | None = None
 
         # 2. Data. Sets and shards are looked at before anything expensive.
         self.feed = Feed(config, folder, self.world, first_step=self.first_step)
@@ -109,46 +118,53 @@ class _Run:
             return
         load_weights(self.checkpoints, self.first_step, self.strategy)
         load_optimizer(self.checkpoints, self.first_step, self.strategy)
-        details = read_details(self.checkpoints, self.first_step)
+        details = read_run_details(self.checkpoints, self.first_step)
         self.feed.check_same_data(details["shards"])
         if details["world_size"] == self.world.size:
             load_random_state(
-                self.checkpoints, self.first_step, rank=self.world.rank, device=self.device
+                self.checkpoints, self.first_step, world=self.world, device=self.device
             )
         else:
             torch.manual_seed(rank_seed(self.config.seed, self.world.rank, self.first_step))
         self.best = load_best(self.checkpoints)
         # What was measured, or halved, is used again: the run goes on with the same numbers.
         engine, before = details["engine"], details["config"]
-        if before["tokens_per_chunk"] == self.config.tokens_per_chunk:
+        if self.is_trained or before.get("tokens_per_chunk") == self.config.tokens_per_chunk:
             self.grad_cache.memory.tokens_per_chunk = engine["tokens_per_chunk"]
-        same = all(before[name] == getattr(self.config, name) for name in ("keep", "keep_gib"))
+        same = all(before.get(name) == getattr(self.config, name) for name in ("keep", "keep_gib"))
         if same and engine["keep_plan"] is not None:
             self.grad_cache.memory.keep_plan = KeepPlan.from_dict(engine["keep_plan"])
 
-    def start(self, stack: ExitStack) -> None:
+    def start(self) -> None:
         """Train from where the run stands to its last step, then score and export the model."""
-        self.run_log: RunLog | None = None
-        done = self.first_step >= self.config.max_steps
-        if self.world.is_main and not done:
-            print_lines(self._plan())
-            self.run_log = stack.enter_context(
-                RunLog(
-                    self.folder,
-                    config=self.config.logger,
-                    run_name=self.config.name,
-                    settings=self.settings,
-                    first_step=self.first_step + 1 if self.first_step else 0,
-                    max_steps=self.config.max_steps,
-                )
-            )
-        if done:
-            self.collectives.on_main(
-                lambda: print_lines([f"{self.folder} has all its {self.config.max_steps} steps"])
+        with ExitStack() as stack:
+            self.collectives.on_main(lambda: self._open_log(stack))
+            if not self.is_trained:
+                self.loop()
+            result = self.finish()
+        # After all else, the end of wandb's run too: this file says that nothing is left to do.
+        self.collectives.on_main(lambda: write_result(self.folder, result))
+
+    def _open_log(self, stack: ExitStack) -> None:
+        last = self.config.max_steps
+        if self.is_trained:
+            print_lines([f"{self.folder} has all its {last} steps; what follows them is left"])
+            # The last process may have come as far as this.
+            drop_entries(
+                self.folder / METRICS_FILE,
+                lambda entry: entry["step"] == last and self._is_of_tests(entry),
             )
         else:
-            self.loop()
-        self.finish()
+            print_lines(self._plan())
+        log = RunLog(
+            self.folder,
+            config=self.config.logger,
+            run_name=self.config.name,
+            settings=self.settings,
+            first_step=self.first_step + 1 if self.first_step else 0,
+            max_steps=last,
+        )
+        self.run_log = stack.enter_context(log)
 
     def loop(self) -> None:
         """Take the steps."""
@@ -194,79 +210,54 @@ class _Run:
                 with meter.paused():
                     self._save(step, meter.elapsed_s)
 
-    def finish(self) -> None:
+    def finish(self) -> Result:
         """Score the best weights on the test sets, export them, draw the plots."""
-        result_file = self.folder / "evaluation.json"
-        if (
-            result_file.is_file()
-            and (self.folder / "model").is_dir()
-            and self._is_final(result_file)
-        ):
-            self.collectives.on_main(lambda: print_result(result_file, self.folder))
-            return
-        step = self.config.max_steps
+        last = self.config.max_steps
+        # The step was not the last one, or there was no such set, when it was saved.
+        lacks_score = self.dev_sets and not self.collectives.on_main(self._has_dev_scores)
+        if lacks_score and self._evaluate(last) and self.config.checkpoint.keep_best:
+            self._save(last, self.elapsed_before_s)
+        step = last
         if self.config.checkpoint.keep_best and self.best is not None:
             step = self.best.step
-        if step != self.config.max_steps:
+        if step != last:
             load_weights(self.checkpoints, step, self.strategy)
         scores = self._score({**self.dev_sets, **self.test_sets})
-        if self.run_log is not None and self.test_sets:
-            self._log(
-                self.config.max_steps,
-                {k: v for k, v in scores.items() if k.split("/")[1] in self.test_sets},
-            )
+        self._log(last, {key: scores[key] for key in scores if self._is_of_tests([key])})
         with self.strategy.whole() as encoder:
-            self.collectives.on_main(
-                lambda: self._write_results(encoder, result_file, step, scores)
-            )
+            self.collectives.on_main(lambda: self._write_results(encoder, step))
+        return Result(last, step, scores)
 
-    def _write_results(
-        self, encoder: Encoder, result_file: Path, step: int, scores: dict[str, float]
-    ) -> None:
-        result = {
-            "max_steps": self.config.max_steps,
-            "step": step,
-            "before": _at_step_0(self.folder / "metrics.jsonl"),
-            "trained": scores,
-        }
+    def _write_results(self, encoder: Encoder, step: int) -> None:
         check_weights(encoder, f"{self.folder}, step {step}")
-        aside = self.folder / "model.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        encoder.save_pretrained(aside)
-        shutil.rmtree(self.folder / "model", ignore_errors=True)
-        aside.rename(self.folder / "model")
-        result_file.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        with written_aside(self.folder / "model") as aside:
+            encoder.save_pretrained(aside)
         if self.config.logger.plots:
             draw_plots(self.folder)
-        print_result(result_file, self.folder)
+        self._remove_old()  # which the last process may not have come to
 
-    def _is_final(self, result_file: Path) -> bool:
-        result = json.loads(result_file.read_text(encoding="utf-8"))
-        return bool(result.get("max_steps") == self.config.max_steps)
+    def _is_of_tests(self, names: Iterable[str]) -> bool:
+        """Whether a score of a test set is among metrics."""
+        found = (name.split("/") for name in names if name.startswith("eval/"))
+        return any(parts[1] in self.test_sets for parts in found)
 
-    def _find_progress(self) -> tuple[int, float]:
-        """Return the steps taken and the seconds spent so far; writes config.yaml."""
-        steps = list_checkpoints(self.checkpoints)
-        elapsed_s = 0.0
-        if steps:
-            details = read_details(self.checkpoints, steps[-1])
-            check_same_run(details["config"], self.settings, folder=str(self.folder))
-            if steps[-1] > self.config.max_steps:
-                raise UserError(
-                    f"{self.folder} was trained for {steps[-1]} steps, more than max_steps="
-                    f"{self.config.max_steps}; choose another output_dir"
-                )
-            elapsed_s = float(details["elapsed_s"])
-        (self.folder / "config.yaml").write_text(
-            yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
+    def _has_dev_scores(self) -> bool:
+        """Whether the dev sets' scores after the last step are logged."""
+        name = self._name_of_best_score()
+        return any(
+            name in entry
+            for entry in read_metrics(self.folder / METRICS_FILE)
+            if entry["step"] == self.config.max_steps
         )
-        return (steps[-1] if steps else 0), elapsed_s
+
+    def _name_of_best_score(self) -> str:
+        return f"eval/{next(iter(self.dev_sets))}/ndcg@10"
 
     def _evaluate(self, step: int) -> bool:
         """Score the dev sets; return whether the first one's nDCG@10 is the best so far."""
         scores = self._score(self.dev_sets)
         self._log(step, scores)
-        score = scores[f"eval/{next(iter(self.dev_sets))}/ndcg@10"]
+        score = scores[self._name_of_best_score()]
         if self.best is not None and score <= self.best.score:
             return False
         self.best = Best(step, score)
@@ -309,13 +300,16 @@ class _Run:
                     "engine": engine,
                 },
             )
-            remove_old(
-                self.checkpoints,
-                keep_last=self.config.checkpoint.keep_last,
-                best=self.best if self.config.checkpoint.keep_best else None,
-            )
+            self._remove_old()
 
         self.collectives.on_main(write)
+
+    def _remove_old(self) -> None:
+        remove_old(
+            self.checkpoints,
+            keep_last=self.config.checkpoint.keep_last,
+            best=self.best if self.config.checkpoint.keep_best else None,
+        )
 
     def _choose_tokens_per_chunk(self, batch: RankBatch) -> None:
         texts = Texts.concatenate([batch.queries, batch.documents, batch.negatives])
@@ -357,7 +351,8 @@ def _open_folder(folder: Path, stack: ExitStack) -> None:
         raise UserError(f"output_dir={str(folder)!r} can't be made: {error}") from error
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        with writing(folder / ".lock"):
+            lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
             f"output_dir={str(folder)!r} is in use by another run; wait for it, or choose another"
@@ -365,11 +360,6 @@ def _open_folder(folder: Path, stack: ExitStack) -> None:
     stack.callback(lock.release)
 
 
-def _at_step_0(metrics_file: Path) -> dict[str, float]:
-    values: dict[str, float] = {}
-    if metrics_file.is_file():
-        for line in metrics_file.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            if entry["step"] == 0:
-                values |= {name: value for name, value in entry.items() if name != "step"}
-    return values
+def _tell_that_it_is_over(folder: Path, config: TrainConfig) -> None:
+    print_lines([f"{folder} has all its {config.max_steps} steps, and nothing is left to do"])
+    print_result(folder)

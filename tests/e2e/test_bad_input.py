@@ -20,7 +20,8 @@ from largebatch.world import part_of_rank
 
 pytestmark = pytest.mark.slow
 
-ENDED_WITHIN_S = 15
+ENDED_WITHIN_S = 25
+"""Less than the 30 that the launcher gives a rank after SIGTERM; a busy machine needs some."""
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -289,4 +290,4 @@ def test_ctrl_c_ends_quickly_and_quietly(folder: Path, ranks: int) -> None:
         done = run.wait()
     assert done.code == 130
     assert done.err == "interrupted\n"
-    assert done.ending_s < 5
+    assert done.ending_s < ENDED_WITHIN_S

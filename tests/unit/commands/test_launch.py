@@ -58,7 +58,7 @@ def failure_of(arguments: list[str], tmp_path, ranks: int = 2) -> RanksFailed:
     start = time.monotonic()
     with pytest.raises(RanksFailed) as caught:
         launch([sys.executable, *arguments], ranks=ranks)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 50  # of the minute that a rank would sleep
     assert_ended(tmp_path, ranks)
     return caught.value
 
@@ -196,9 +196,8 @@ def test_a_signal_ends_all_ranks_quietly(worker, tmp_path, sent, last_line):
     while not all((tmp_path / f"pid{rank}").exists() for rank in range(2)):
         assert time.monotonic() - start < 60
         time.sleep(0.05)
-    time.sleep(0.2)
     process.send_signal(getattr(signal, sent))
-    out, err = process.communicate(timeout=15)
+    out, err = process.communicate(timeout=50)
     assert process.returncode == 1
     assert out == ""
     assert len(err.splitlines()) == 1, err

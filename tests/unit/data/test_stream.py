@@ -1,8 +1,11 @@
 """The stream: the same global batches whatever the ranks and the loader processes."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
+from dist import run_ranks
 
 from largebatch.batch import Texts
 from largebatch.data.holes import rows_by_step
@@ -142,6 +145,20 @@ def test_counts_truncated_texts_and_fits_the_batch_type(source, tokenizer):
     ]
     cut = sum(len(tokenizer(text)["input_ids"]) > longest for text, longest in whole)
     assert batch.num_truncated == cut > 0
+
+
+@pytest.mark.parametrize("wish", ["true", "1"])
+def test_loader_processes_never_wait_for_threads_that_a_fork_lost(source, tokenizer, wish):
+    """Job scripts set the variable; the pool was used before, by a tokenizer that was trained."""
+
+    def read():
+        os.environ["TOKENIZERS_PARALLELISM"] = wish
+        tokenizer([f"words of text {n}" for n in range(1000)])
+        (batch,) = stream(source, tokenizer, workers=2).batches(0, 1)
+        return len(batch.ids)
+
+    expected = len(next(iter(stream(source, tokenizer).batches(0, 1))).ids)
+    assert run_ranks(read, 1, init_group=False, timeout_s=60) == [expected]
 
 
 def test_leaves_the_random_state_alone(source, tokenizer):

@@ -1,5 +1,7 @@
 """The process group: what a launcher sets, devices, and the end of a group."""
 
+import socket
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,6 +27,8 @@ def test_without_a_launcher_there_is_one_process(monkeypatch):
 
 
 def test_reads_what_torchrun_sets(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "here")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     for name, value in zip(NAMES, ("5", "8", "1"), strict=True):
         monkeypatch.setenv(name, value)
     assert world_from_environment() == World(rank=5, size=8, local_rank=1)
@@ -38,6 +42,34 @@ def test_names_what_a_launcher_left_out(monkeypatch, values):
             monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"must all be set to numbers .*start ranks with torchrun"):
         world_from_environment()
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "MASTER_ADDR and MASTER_PORT is not"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "less than WORLD_SIZE"),
+        ({"RANK": "-1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "at least 0"),
+    ],
+)
+def test_what_another_launcher_left_is_told_with_the_cure(monkeypatch, values, told):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"{told}.*torchrun, or unset"):
+        world_from_environment()
+
+
+def test_a_port_that_is_taken_is_told(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        group = process_group(World(0, 2), torch.device("cpu"), StrategyConfig())
+        with pytest.raises(UserError, match="choose another port"), group:
+            pass
 
 
 @pytest.mark.parametrize("name", ["auto", "cpu"])

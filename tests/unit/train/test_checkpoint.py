@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from largebatch.config import OptimConfig
 from largebatch.errors import UserError
@@ -29,6 +29,7 @@ from largebatch.train.checkpoint import (
     remove_old,
     save_checkpoint,
 )
+from largebatch.world import World
 
 CPU = torch.device("cpu")
 
@@ -54,6 +55,8 @@ def take_step(strategy):
     encoder = strategy.encoder
     value = encoder.out(encoder.embed.weight).sum() + (encoder.turned**2).sum()
     (value * strategy.loss.temperature()).backward()
+    with strategy.gradient_pass():  # gives `unused` its gradient
+        pass
     strategy.step(2e-4)
     strategy.zero_grad()
 
@@ -100,7 +103,7 @@ def test_round_trip_is_bit_identical(tmp_path):
     load_weights(tmp_path, 3, other)
     load_optimizer(tmp_path, 3, other)
     assert_equal(tensors(other), tensors(state))
-    assert sum(name.startswith("optimizer") for name in tensors(state)) == 12  # 4 have moments
+    assert sum(name.startswith("optimizer") for name in tensors(state)) == 15  # 5 are trained
     details = read_details(tmp_path, 3)
     assert (details["step"], details["world_size"], details["elapsed_s"]) == (3, 1, 1.5)
 
@@ -150,10 +153,11 @@ def test_random_state_of_each_rank(tmp_path):
         details={"config": {}},
     )
     for rank in (1, 0):
-        load_random_state(tmp_path, 1, rank=rank, device=CPU)
+        load_random_state(tmp_path, 1, world=World(rank, 2), device=CPU)
         assert torch.equal(torch.rand(3), expected[rank])
-    with pytest.raises(UserError, match=r"lacks 'cpu\.2'"):
-        load_random_state(tmp_path, 1, rank=2, device=CPU)
+    for rank in range(3):  # all of them say so
+        with pytest.raises(UserError, match=r"random\.safetensors is damaged: cpu\.2 is missing"):
+            load_random_state(tmp_path, 1, world=World(rank, 3), device=CPU)
 
 
 def test_half_written_one_is_ignored_and_removed(tmp_path):
@@ -186,8 +190,8 @@ def test_a_full_disk_leaves_the_earlier_one(tmp_path, monkeypatch, number):
 
     monkeypatch.setattr(checkpoint, "save_file", failing(checkpoint.save_file, "save"))
     monkeypatch.setattr(checkpoint, "_flush", failing(checkpoint._flush, "flush"))
-    monkeypatch.setattr(Path, "rename", failing(Path.rename, "rename"))
-    with pytest.raises(UserError, match=r"checkpoint .*step_00000002 can't be written: .*No space"):
+    monkeypatch.setattr(Path, "replace", failing(Path.replace, "rename"))
+    with pytest.raises(UserError, match=r"step_00000002 can't be written: no space left .*; free"):
         save(tmp_path, 2, make_state(1, steps=2))
     assert list_checkpoints(tmp_path) == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
@@ -238,14 +242,16 @@ def test_no_checkpoints(tmp_path):
 def test_another_model(tmp_path):
     save(tmp_path, 1, make_state(0, steps=1))
     wider = make_state(0, width=5)
-    with pytest.raises(UserError, match=r"is of another model: .*size mismatch") as caught:
+    with pytest.raises(
+        UserError, match=r"is of another model or damaged: .*size mismatch"
+    ) as caught:
         load_weights(tmp_path, 1, wider)
     assert "\n" not in str(caught.value)
     smaller = make_strategy(torch.nn.Linear(2, 2), ContrastiveLoss())
     with pytest.raises(UserError, match=r"is missing; .* is unknown; .* and \d more"):
         load_weights(tmp_path, 1, smaller)
     for state in (wider, smaller):
-        with pytest.raises(UserError, match="is of another model"):
+        with pytest.raises(UserError, match="is of another model or damaged"):
             load_optimizer(tmp_path, 1, state)
 
 
@@ -257,7 +263,7 @@ def test_another_model(tmp_path):
         ("state.json", lambda folder, step, _: read_details(folder, step)),
         (
             "random.safetensors",
-            lambda folder, step, _: load_random_state(folder, step, rank=0, device=CPU),
+            lambda folder, step, _: load_random_state(folder, step, world=World(), device=CPU),
         ),
     ],
 )
@@ -279,3 +285,94 @@ def test_another_format(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
     with pytest.raises(UserError, match="has format 99"):
         read_details(tmp_path, 1)
+
+
+# What a checkpoint may lack, have too much of, or have wrongly: file, tensor, its other value.
+WEIGHT, MOMENT = "encoder.embed.weight", "exp_avg.encoder.embed.weight"
+STEP, TEMPERATURE = "step.encoder.embed.weight", "loss.temperature.log_scale"
+FAULTS = {
+    "first moment missing": ("optimizer", MOMENT, None, f"{MOMENT} is missing"),
+    "second moment missing": (
+        "optimizer",
+        "exp_avg_sq.loss.temperature.log_scale",
+        None,
+        "exp_avg_sq.loss.temperature.log_scale is missing",
+    ),
+    "step count missing": ("optimizer", STEP, None, f"{STEP} is missing"),
+    "moment too many": ("optimizer", "exp_avg.encoder.gone", torch.zeros(2), "gone is unknown"),
+    "moment of a buffer": ("optimizer", "exp_avg.encoder.count", torch.zeros(()), "is unknown"),
+    "moment of another kind": ("optimizer", "max_exp_avg_sq.x", torch.zeros(()), "is unknown"),
+    "moment of another shape": ("optimizer", MOMENT, torch.zeros(24), r"\[24\], not \[6, 4\]"),
+    "moment in half precision": (
+        "optimizer",
+        MOMENT,
+        torch.zeros(6, 4, dtype=torch.float16),
+        f"{MOMENT} is of type float16, not float32",
+    ),
+    "step count of whole numbers": ("optimizer", STEP, torch.tensor(2), "is of type int64"),
+    "step count of another step": ("optimizer", STEP, torch.tensor(7.0), f"{STEP} is 7, not 2"),
+    "weight missing": ("weights", WEIGHT, None, f"{WEIGHT} is missing"),
+    "weight too many": ("weights", "encoder.gone", torch.zeros(2), "encoder.gone is unknown"),
+    "weight of bytes": (
+        "weights",
+        WEIGHT,
+        torch.zeros(6, 4, dtype=torch.int8),
+        f"{WEIGHT} is of type int8, not float32",
+    ),
+    "temperature missing": ("weights", TEMPERATURE, None, f"{TEMPERATURE} is missing"),
+    "generator of another size": ("random", "cpu.0", torch.zeros(3), "cpu.0 is no state of a gene"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_told_with_file_and_tensor_and_nothing_is_loaded(tmp_path, fault):
+    file, name, value, told = FAULTS[fault]
+    save(tmp_path, 2, make_state(0, steps=2))
+    path = checkpoint_path(tmp_path, 2) / f"{file}.safetensors"
+    saved = load_file(path)
+    saved.pop(name, None)
+    save_file(saved | ({} if value is None else {name: value}), path)
+    other = make_state(1, steps=1)
+    before, generator = tensors(other), torch.get_rng_state()
+    with pytest.raises(
+        UserError, match=rf"{file}\.safetensors .*{told}.*; put a whole copy back"
+    ) as e:
+        {
+            "weights": lambda: load_weights(tmp_path, 2, other),
+            "optimizer": lambda: load_optimizer(tmp_path, 2, other),
+            "random": lambda: load_random_state(tmp_path, 2, world=World(), device=CPU),
+        }[file]()
+    assert "\n" not in str(e.value)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert_equal(tensors(other), before)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[]", "holds no JSON object"),
+        ('{"format": 2}', "step is missing or wrong"),
+        ('{"format": 2, "step": 1, "world_size": 1, "config": {}}', "best is missing or wrong"),
+        (
+            '{"format": 2, "step": 4, "world_size": 1, "config": {}, "best": null}',
+            "is of step 4, not of 1 as its folder says",
+        ),
+        (
+            '{"format": 2, "step": 1, "world_size": 1, "config": {}, "best": {"at": 1}}',
+            "best is wrong",
+        ),
+    ],
+)
+def test_a_state_that_lacks_something_is_told(tmp_path, content, told):
+    save(tmp_path, 1, make_state(0))
+    (checkpoint_path(tmp_path, 1) / "state.json").write_text(content)
+    with pytest.raises(UserError, match=rf"state\.json .*{told}"):
+        load_best(tmp_path)
+
+
+def test_a_copy_of_a_checkpoint_beside_it_is_no_checkpoint(tmp_path):
+    save(tmp_path, 1, make_state(0))
+    for name in ("step_00000001_backup", "step_latest", "step_1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("{}")
+    assert list_checkpoints(tmp_path) == [1]

@@ -215,10 +215,10 @@ def test_all_sources_that_weigh_nothing_are_one_line():
         return DataConfig(sources={"a": SourceConfig(weight=weight)}, **changes)
 
     with pytest.raises(
-        UserError, match="^no source has a weight above 0; raise one of data.sources.a.weight$"
+        UserError, match=r"^no source has a weight above 0; raise one of data.sources.a.weight$"
     ):
         data(0.0)
-    with pytest.raises(UserError, match="weight above 0 from step 9 on, by data.curriculum;"):
+    with pytest.raises(UserError, match=r"weight above 0 from step 9 on, by data.curriculum;"):
         data(1.0, curriculum=[CurriculumConfig(from_step=9, weights={"a": 0.0})])
     data(0.0, curriculum=[CurriculumConfig(weights={"a": 1.0})])
 

@@ -1,9 +1,10 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
-import time
+from fnmatch import fnmatchcase
 
 import psutil
 import pytest
@@ -167,7 +168,7 @@ def run_with_wandb(folder, home, *, mode="offline", first_step=1, end="finish", 
 
 
 def wait_until_gone(processes):
-    _, alive = psutil.wait_procs(processes, timeout=15)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -184,6 +185,48 @@ def test_wandb_offline_is_resumed_quietly(tmp_path):
     files = sorted(folder.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))
     assert len(files) == len(list(folder.glob("wandb/offline-run-*"))) == 2
     assert all(b"train/loss" in file.read_bytes() for file in files)
+
+
+def records_of_wandb(folder):
+    """Yield what a run's .wandb file holds: records in blocks, as in LevelDB's log."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    data, at, whole = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := 2**15 - at % 2**15) < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # the whole of a record, or its last part
+            record = Record()
+            record.ParseFromString(whole)
+            whole = b""
+            yield record
+
+
+def test_wandb_draws_every_metric_over_the_steps(tmp_path):
+    names = ["train/loss", "eval/dev/ndcg@10", "mix/a/share", "of/another/kind", "plain"]
+    program = """
+import sys
+from pathlib import Path
+from largebatch.config import LoggerConfig
+from largebatch.train.loggers import RunLog
+with RunLog(Path(sys.argv[1]), config=LoggerConfig(wandb="offline"), run_name="name", settings={},
+            first_step=1, max_steps=2) as log:
+    log.log(1, dict.fromkeys(sys.argv[2:], 0.5))
+"""
+    command = [sys.executable, "-c", program, str(tmp_path), *names]
+    subprocess.run(command, env=clean_environment(tmp_path), check=True, timeout=120)
+    records = list(records_of_wandb(tmp_path))
+    logged = {key for r in records for item in r.history.item for key in item.nested_key}
+    assert set(names) <= logged
+    over_steps = [
+        r.metric.glob_name or r.metric.name for r in records if r.metric.step_metric == "step"
+    ]
+    assert [n for n in names if not any(fnmatchcase(n, pattern) for pattern in over_steps)] == []
 
 
 @pytest.mark.slow
@@ -204,9 +247,7 @@ def test_a_killed_run_leaves_no_process_and_resumes(tmp_path):
         children = psutil.Process(process.pid).children(recursive=True)
         assert children, "wandb's own process is expected"
         process.send_signal(signal.SIGKILL)
-        started = time.monotonic()
         process.stdout.read()  # ends only when no one holds the pipe any more
-        assert time.monotonic() - started < 15
     wait_until_gone(children)
     done = run_with_wandb(folder, home, first_step=2)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ from largebatch.config import (
 )
 from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
-from largebatch.train import trainer
+from largebatch.train import result, trainer
 from largebatch.train.checkpoint import checkpoint_path, list_checkpoints, load_best
 
 
@@ -90,10 +90,10 @@ def test_what_a_run_leaves_behind(whole):
     exported = Encoder.from_pretrained(whole / "model").state_dict()
     for name, tensor in exported.items():
         assert torch.equal(tensor, weights[f"encoder.{name}"])
-    result = json.loads((whole / "evaluation.json").read_text())
-    assert result["step"] == best.step
-    assert result["trained"]["eval/dev/ndcg@10"] == pytest.approx(best.score)
-    assert result["before"]["eval/dev/ndcg@10"] == pytest.approx(scores[0])
+    found = json.loads((whole / "evaluation.json").read_text())
+    assert found["step"] == best.step
+    assert found["trained"]["eval/dev/ndcg@10"] == pytest.approx(best.score)
+    assert found["before"]["eval/dev/ndcg@10"] == pytest.approx(scores[0])
 
 
 @pytest.mark.parametrize("keep_best", [True, False])
@@ -102,7 +102,7 @@ def test_keeps_the_last_and_the_best(data, tmp_path, monkeypatch, keep_best):
     monkeypatch.setattr(
         trainer.Evaluation, "score", lambda self, retrieval_set: {"ndcg@10": next(scores)}
     )
-    monkeypatch.setattr(trainer, "print_result", lambda *args: None)
+    monkeypatch.setattr(result, "print_result", lambda *args: None)
     config = tiny_config(
         data,
         tmp_path,
@@ -111,8 +111,8 @@ def test_keeps_the_last_and_the_best(data, tmp_path, monkeypatch, keep_best):
     )
     train_on_ranks(config, 1)
     assert list_checkpoints(tmp_path / "checkpoints") == ([2, 6] if keep_best else [6])
-    result = json.loads((tmp_path / "evaluation.json").read_text())
-    assert result["step"] == (2 if keep_best else 6)
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["step"] == (2 if keep_best else 6)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
