@@ -23,6 +23,8 @@ def run(config: ShardConfig) -> None:
         )
     mapped = ", ".join(f"{role} is {name!r}" for role, name in config.fields.items())
     console.print(f"fields      {mapped or 'recognized by name'}", markup=False, soft_wrap=True)
+    for name, wanted in config.positives.items():
+        console.print(f"positives   {name} {wanted}", markup=False, soft_wrap=True)
     console.print(
         f"output      {config.output_dir}, {config.records_per_shard:,} records per shard, "
         f"{config.layout} layout",

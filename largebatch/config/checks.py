@@ -1,7 +1,7 @@
 """What checks of options share."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from largebatch.errors import UserError
 
@@ -14,6 +14,15 @@ def suggest(value: str, allowed: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def least_of(value: str) -> float | None:
+    """Return the number of `>=NUMBER`, or None for a plain value.
+
+    >>> least_of(">= 0.8"), least_of("entailment")
+    (0.8, None)
+    """
+    return float(value[2:]) if value.startswith(">=") else None
 
 
 class Faults:
@@ -44,6 +53,15 @@ class Faults:
         """Note a number outside [0, 1]."""
         if not 0 <= value <= 1:
             self.found.append(f"{option}={value} must lie between 0 and 1")
+
+    def fields(self, option: str, fields: Mapping[str, str]) -> None:
+        """Note names of fields that are given for something that no record has."""
+        roles = ("query", "document", "negatives", "id", "grade")
+        if unknown := sorted(set(fields) - set(roles)):
+            self.found.append(
+                f"{option} has {unknown}; it maps {', '.join(roles[:-1])} and grade to the names "
+                f"of your fields{suggest(unknown[0], roles)}"
+            )
 
     def check(self, holds: bool, message: str) -> None:
         """Note a message unless something holds."""

@@ -17,7 +17,8 @@ class SourceConfig:
     """Folders with an index.json, or tar files with braces or globs, index.json beside them."""
     fields: dict[str, str] = field(default_factory=dict)
     """Which field of a record is what, as {query: title, document: body}. Unset: the names that
-    sentence-transformers, FlagEmbedding, tevatron, Automodel and BEIR use are recognized."""
+    sentence-transformers, FlagEmbedding, tevatron, Automodel and BEIR use are recognized. With
+    {grade: none} all records are positive pairs, even if a label or a score in them says no."""
     weight: float | None = None
     """Share of the batches, relative to the other sources' weights. Unset for all sources: a
     source weighs its number of records to the power of data.size_exponent."""
@@ -34,12 +35,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         faults = Faults()
-        unknown = set(self.fields) - {"query", "document", "negatives", "id"}
-        faults.check(
-            not unknown,
-            f"data.sources.*.fields has {sorted(unknown)}; it maps query, document, negatives "
-            "and id to the names of your fields",
-        )
+        faults.fields("data.sources.*.fields", self.fields)
         if self.weight is not None:
             faults.at_least("data.sources.*.weight", self.weight, 0)
         if self.epochs is not None:

@@ -258,3 +258,16 @@ def test_segments_that_miss_records_are_reported(samples):
 def test_an_index_without_records_is_a_problem(tmp_path):
     ShardIndex(()).save(tmp_path)
     assert problems_of(tmp_path) == [f"{tmp_path / 'index.json'} lists no records"]
+
+
+def test_graded_pairs_are_told_with_the_cure(tmp_path):
+    rows = [{"query": f"q{i}", "document": "d", "label": i % 2} for i in range(6)]
+    members = [(f"{i}.json", json.dumps(row).encode()) for i, row in enumerate(rows)]
+    path = tmp_path / "a.tar"
+    write_tar(path, members)
+    index_of(path)
+    (problem,) = problems_of(tmp_path)
+    assert problem.startswith(f"{path}: member '0.json' at byte 0: field 'label' grades the pair")
+    assert "fields.grade=none" in problem
+    assert problem.endswith("(and 2 more records)")
+    assert problems_of(tmp_path, grade="none") == []
