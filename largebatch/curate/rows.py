@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from largebatch.data.files import (
+    BATCH_ROWS,
     KINDS,
     KNOWN,
     NamesNeeded,
     OnBytes,
     Row,
+    batch_rows,
     none_needed,
     read_file,
     readable_columns,
@@ -91,16 +93,14 @@ def _dataset_rows(path: str, split: str, needed: NamesNeeded) -> Iterator[Row]:
             f"input {path} needs the package datasets: pip install 'largebatch[hf]'"
         ) from None
     number = 0
+    columns: list[str] | None = None
     try:
-        rows = _dataset(path, split)
-        # Pictures and sounds are not decoded. A stream may not know its features; such a one is of
-        # text files, which hold none.
-        if rows.features is not None:
-            columns = readable_columns(rows.features.arrow_schema, path, needed)
-            rows = rows.remove_columns([n for n in rows.features if n not in columns])
-        for row in rows:
-            number += 1
-            yield Row(f"{path}, row {number}", row)
+        # As Arrow tables, in which pictures and sounds are not decoded.
+        for table in _dataset(path, split).with_format("arrow").iter(batch_size=BATCH_ROWS):
+            if columns is None:
+                columns = readable_columns(table.schema, path, needed)
+            yield from batch_rows(table, columns, path, number)
+            number += table.num_rows
     except UserError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

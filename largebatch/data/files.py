@@ -44,6 +44,7 @@ NamesNeeded = Callable[[Sequence[str]], Collection[str]]
 """Given the names of all fields, those that must be texts."""
 
 MAX_NAME_CHARS = 100
+BATCH_ROWS = 1024
 
 
 class Row(NamedTuple):
@@ -317,16 +318,24 @@ def _parquet_rows(path: str, on_bytes: OnBytes, needed: NamesNeeded) -> Iterator
         with parquet.ParquetFile(path) as file:
             columns = readable_columns(file.schema_arrow, path, needed)
             share = Path(path).stat().st_size / max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                values = {name: _column(batch.column(name), path, name, number) for name in columns}
-                for place in range(batch.num_rows):
-                    number += 1
-                    fields = {name: column[place] for name, column in values.items()}
-                    yield Row(f"{path}, row {number}", fields)
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+                yield from batch_rows(batch, columns, path, number)
+                number += batch.num_rows
                 on_bytes(round(share * number) - round(share * (number - batch.num_rows)))
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}, after row {number}, cannot be read: {reason}") from None
+
+
+def batch_rows(batch: Any, columns: Sequence[str], path: str, rows_before: int) -> Iterator[Row]:
+    """Yield the rows of an Arrow batch or table, of some columns only.
+
+    Raises UserError, naming row and column, for a value that Python cannot hold.
+    """
+    values = [_column(batch.column(name), path, name, rows_before) for name in columns]
+    for place in range(batch.num_rows):
+        fields = {name: column[place] for name, column in zip(columns, values, strict=True)}
+        yield Row(f"{path}, row {rows_before + place + 1}", fields)
 
 
 def readable_columns(schema: Any, where: str, needed: NamesNeeded) -> list[str]:

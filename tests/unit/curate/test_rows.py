@@ -267,6 +267,13 @@ def test_pictures_of_a_data_set_are_not_decoded(tmp_path):
     })  # fmt: skip
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "one")
     assert read(tmp_path / "one") == [{"query": "q", "document": "d"}]
+    (source,) = find_inputs([str(tmp_path / "one")])
+    with pytest.raises(UserError, match="one: column 'image' is of type struct"):
+        next(read_rows(source, split="", on_bytes=len, needed=lambda _: ["image"]))
+    far = {"query": ["q"] * 3, "at": pa.array([0, 2**60, 0], pa.timestamp("us"))}
+    datasets.Dataset(pa.table(far)).save_to_disk(tmp_path / "far")
+    with pytest.raises(UserError, match=r"far, row 2: column 'at' cannot be read: date .* range"):
+        read(tmp_path / "far")
 
 
 def test_folders_in_beir_layout(tmp_path):
