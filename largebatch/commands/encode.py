@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from largebatch.config import EncodeConfig
 from largebatch.curate.rows import find_inputs, read_rows
-from largebatch.data.files import KINDS, KNOWN, ignore_bytes, numbered_lines, split_ending
+from largebatch.data.files import KINDS, KNOWN, numbered_lines, split_ending
 from largebatch.errors import UserError
 from largebatch.evaluate.beir import text_of
 
@@ -58,7 +58,7 @@ def read_texts(path: Path, *, field: str) -> list[str]:
         texts = [
             text_of(row.fields, field, where=row.where)
             for source in find_inputs([str(path)])
-            for row in read_rows(source, split="train", on_bytes=ignore_bytes, needed=needed)
+            for row in read_rows(source, split="train", needed=needed)
         ]
     if not texts:
         raise UserError(f"input={str(path)!r} is empty; it needs a text a line")

@@ -36,6 +36,12 @@ def run(config: ShardConfig) -> None:
     with row_progress("writing shards", total) as advance:
         counts = convert(config, inputs, on_bytes=advance.on_bytes, on_row=advance.on_row)
     console.print(_table(counts))
+    if counts.unread_columns:
+        console.print(
+            f"columns that JSON has no values for, not kept: {', '.join(counts.unread_columns)}",
+            markup=False,
+            soft_wrap=True,
+        )
     console.print(
         f"{counts.num_shards:,} shards, {counts.num_bytes / 1e6:,.1f} MB, in {config.output_dir}",
         markup=False,

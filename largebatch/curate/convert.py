@@ -56,6 +56,8 @@ class Counts(NamedTuple):
     """Tar files."""
     num_bytes: int
     """Their size."""
+    unread_columns: tuple[str, ...]
+    """Columns of inputs, with their types, that JSON has no values for: they are not kept."""
 
 
 def convert(
@@ -86,13 +88,21 @@ def convert(
     # Where the user says which rows are positives, what is left is.
     fields = {**config.fields, "grade": NO_GRADE} if config.positives else config.fields
     seen: set[bytes] = set()
+    # Each once, in order, whichever files it is in.
+    unread: dict[str, None] = {}
     rows = ignored_positives = 0
     with ShardWriter(
         folder, records_per_shard=config.records_per_shard, layout=config.layout
     ) as writer:
         for source in inputs:
             needed = partial(_texts_among, fields=fields, where=source.path)
-            for row in read_rows(source, split=config.split, on_bytes=on_bytes, needed=needed):
+            for row in read_rows(
+                source,
+                split=config.split,
+                on_bytes=on_bytes,
+                needed=needed,
+                on_unread=lambda column: unread.setdefault(column),
+            ):
                 rows += 1
                 on_row()
                 if not _is_positive(row, config.positives):
@@ -124,7 +134,15 @@ def convert(
             )
     index = ShardIndex.load(folder)
     num_bytes = sum(shard.num_bytes for shard in index.shards)
-    return Counts(rows, index.num_records, dropped, ignored_positives, len(index.shards), num_bytes)
+    return Counts(
+        rows=rows,
+        written=index.num_records,
+        dropped=dropped,
+        ignored_positives=ignored_positives,
+        num_shards=len(index.shards),
+        num_bytes=num_bytes,
+        unread_columns=tuple(unread),
+    )
 
 
 def _texts_among(names: Sequence[str], *, fields: Mapping[str, str], where: str) -> tuple[str, ...]:

@@ -11,8 +11,10 @@ from largebatch.data.files import (
     KNOWN,
     NamesNeeded,
     OnBytes,
+    OnUnread,
     Row,
     batch_rows,
+    ignore,
     none_needed,
     read_file,
     readable_columns,
@@ -58,19 +60,24 @@ def find_inputs(patterns: Sequence[str]) -> list[Input]:
 
 
 def read_rows(
-    source: Input, *, split: str, on_bytes: OnBytes, needed: NamesNeeded = none_needed
+    source: Input,
+    *,
+    split: str,
+    on_bytes: OnBytes = ignore,
+    needed: NamesNeeded = none_needed,
+    on_unread: OnUnread = ignore,
 ) -> Iterator[Row]:
     """Yield the rows of an input in order.
 
     `split` chooses a part of a Hugging Face data set or the judgments of a BEIR folder, and means
-    nothing to files. `on_bytes` and `needed` are as in `read_file`. Raises UserError, naming file
-    and line, for a row that cannot be read.
+    nothing to files. The others are as in `read_file`. Raises UserError, naming file and line, for
+    a row that cannot be read.
     """
     if source.kind == "beir":
         return _beir_rows(source.path, split)
     if source.kind == "datasets":
-        return _dataset_rows(source.path, split, needed)
-    return read_file(source.path, on_bytes=on_bytes, needed=needed)
+        return _dataset_rows(source.path, split, needed, on_unread)
+    return read_file(source.path, on_bytes=on_bytes, needed=needed, on_unread=on_unread)
 
 
 def _input(path: Path) -> Input:
@@ -84,7 +91,7 @@ def _input(path: Path) -> Input:
     return Input(name, str(path), KINDS[ending], path.stat().st_size)
 
 
-def _dataset_rows(path: str, split: str, needed: NamesNeeded) -> Iterator[Row]:
+def _dataset_rows(path: str, split: str, needed: NamesNeeded, on_unread: OnUnread) -> Iterator[Row]:
     try:
         # Imported here: it takes seconds, and only this needs it.
         import datasets
@@ -98,7 +105,7 @@ def _dataset_rows(path: str, split: str, needed: NamesNeeded) -> Iterator[Row]:
         # As Arrow tables, in which pictures and sounds are not decoded.
         for table in _dataset(path, split).with_format("arrow").iter(batch_size=BATCH_ROWS):
             if columns is None:
-                columns = readable_columns(table.schema, path, needed)
+                columns = readable_columns(table.schema, path, needed, on_unread)
             yield from batch_rows(table, columns, path, number)
             number += table.num_rows
     except UserError:

@@ -42,6 +42,7 @@ KNOWN = (".jsonl", ".json", ".csv", ".tsv", "these with .gz or .zst", ".parquet"
 OnBytes = Callable[[int], object]
 NamesNeeded = Callable[[Sequence[str]], Collection[str]]
 """Given the names of all fields, those that must be texts."""
+OnUnread = Callable[[str], object]
 
 MAX_NAME_CHARS = 100
 BATCH_ROWS = 1024
@@ -62,9 +63,9 @@ def none_needed(names: Sequence[str]) -> Collection[str]:
     return ()
 
 
-def ignore_bytes(num_bytes: int) -> None:
-    """Count nothing."""
-    del num_bytes
+def ignore(value: object) -> None:
+    """Do nothing with a number of bytes, or with a column that is not read."""
+    del value
 
 
 def split_ending(path: Path) -> tuple[str, str]:
@@ -85,24 +86,26 @@ def split_ending(path: Path) -> tuple[str, str]:
 def read_file(
     path: str | Path,
     *,
-    on_bytes: OnBytes = ignore_bytes,
+    on_bytes: OnBytes = ignore,
     needed: NamesNeeded = none_needed,
+    on_unread: OnUnread = ignore,
 ) -> Iterator[Row]:
     """Yield the rows of a file of one of `KINDS`, by its ending.
 
     `on_bytes` is called with the bytes that were read since the last call. `needed` says which
-    columns of a typed file must be texts.
+    columns of a typed file must be texts. `on_unread` is called with the name and the type of each
+    column that is left out, for it becomes no JSON.
 
     Raises UserError, naming file and line, or row and column, for what cannot be read.
     """
     readers = {"jsonl": json_objects, "json": _json_rows, "csv": _csv_rows, "tsv": _tsv_rows}
     kind = KINDS[split_ending(Path(path))[1]]
     if kind == "parquet":
-        return _parquet_rows(str(path), on_bytes, needed)
+        return _parquet_rows(str(path), on_bytes, needed, on_unread)
     return readers[kind](path, on_bytes)
 
 
-def numbered_lines(path: str | Path, on_bytes: OnBytes = ignore_bytes) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: str | Path, on_bytes: OnBytes = ignore) -> Iterator[tuple[int, str]]:
     """Yield the lines of a UTF-8 file without their ends, each with its number from 1.
 
     The file may be compressed (.gz or .zst). Raises UserError if a line is not UTF-8, or if the
@@ -112,7 +115,7 @@ def numbered_lines(path: str | Path, on_bytes: OnBytes = ignore_bytes) -> Iterat
         yield number, line.removesuffix("\n").removesuffix("\r")
 
 
-def json_objects(path: str | Path, on_bytes: OnBytes = ignore_bytes) -> Iterator[Row]:
+def json_objects(path: str | Path, on_bytes: OnBytes = ignore) -> Iterator[Row]:
     """Yield the objects of a jsonl file. Blank lines are passed over.
 
     Raises UserError if a line is no JSON object, or see `numbered_lines`.
@@ -308,7 +311,9 @@ class _CountedFile(io.FileIO):
         return num_bytes
 
 
-def _parquet_rows(path: str, on_bytes: OnBytes, needed: NamesNeeded) -> Iterator[Row]:
+def _parquet_rows(
+    path: str, on_bytes: OnBytes, needed: NamesNeeded, on_unread: OnUnread
+) -> Iterator[Row]:
     # Imported here: most commands never read such a file.
     import pyarrow as pa
     from pyarrow import parquet
@@ -316,7 +321,7 @@ def _parquet_rows(path: str, on_bytes: OnBytes, needed: NamesNeeded) -> Iterator
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            columns = readable_columns(file.schema_arrow, path, needed)
+            columns = readable_columns(file.schema_arrow, path, needed, on_unread)
             share = Path(path).stat().st_size / max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 yield from batch_rows(batch, columns, path, number)
@@ -338,8 +343,10 @@ def batch_rows(batch: Any, columns: Sequence[str], path: str, rows_before: int) 
         yield Row(f"{path}, row {rows_before + place + 1}", fields)
 
 
-def readable_columns(schema: Any, where: str, needed: NamesNeeded) -> list[str]:
-    """Return the columns of an Arrow schema that become JSON as they are; `needed` is as above.
+def readable_columns(
+    schema: Any, where: str, needed: NamesNeeded, on_unread: OnUnread
+) -> list[str]:
+    """Return the columns of an Arrow schema that become JSON as they are; see `read_file`.
 
     Raises UserError if a needed one is not among them, or if there are several of one name.
     """
@@ -353,6 +360,9 @@ def readable_columns(schema: Any, where: str, needed: NamesNeeded) -> list[str]:
                 f"{where}: column {name!r} is of type {schema.field(name).type}, and must hold "
                 "text; cast it to string"
             )
+    for field in schema:
+        if field.name not in columns:
+            on_unread(f"{field.name} ({field.type})")
     return columns
 
 

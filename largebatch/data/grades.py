@@ -17,7 +17,7 @@ _OF_WHAT = (
 _GRADE = re.compile(
     rf"(?:(?:{_OF_WHAT})_)?(?:labels?|score|grade|judgment|judgement)(?:_(?:text|str|name|id|int))?"
     r"|(?:\w+_)?(?:similarity|relevance|relevancy|relatedness|entailment|duplicate|paraphrase)"
-    r"|relevant|rel|qrel|cos_sim|match|correct|answerable|has_answer"
+    r"|relevant|related|similar|sim|cos_sim|rel|qrel|match|correct|answerable|has_answer"
     r"|is_(?:positive|pos|relevant|related|similar|match|matching|correct|entailed|answer|"
     r"answerable|selected|accepted|equivalent|same)"
 )

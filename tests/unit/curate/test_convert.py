@@ -142,6 +142,10 @@ def test_values_that_json_has_not(tmp_path):
     (content,) = contents(tmp_path / "out")
     assert (content["day"], content["price"]) == ("2024-05-01", "1.50")
     assert (content["bad"], content["list"]) == (None, [1.0, None])
+    parquet.write_table(pa.table(table | {"image": [b"png"]}), tmp_path / "b.parquet")
+    counts = run(tmp_path / "b.parquet", tmp_path / "other")
+    assert contents(tmp_path / "other") == [content | {"source": "b", "id": "b-1"}]
+    assert counts.unread_columns == ("image (binary)",)
 
 
 def test_shards_that_are_there_stay_unless_told(tmp_path):
