@@ -67,7 +67,9 @@ NO_GRADE = "none"
 
 # What shows nothing of itself: white space, control characters, and zero-width characters.
 BLANKS = "".join(
-    chr(i) for i in range(0x10000) if unicodedata.category(chr(i)) in ("Cc", "Cf", "Zs", "Zl", "Zp")
+    chr(i)
+    for i in (*range(0x3001), 0xFEFF, 0xFFF9, 0xFFFA, 0xFFFB)
+    if unicodedata.category(chr(i)) in ("Cc", "Cf", "Zs", "Zl", "Zp")
 ) + (
     # Letters and symbols by category, and empty all the same.
     "\u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0"
