@@ -167,7 +167,7 @@ def _tsv_rows(path: str | Path, on_bytes: OnBytes) -> Iterator[Row]:
     for number, line in numbered_lines(path, on_bytes):
         values = line.split("\t")
         where = f"{path}, line {number}"
-        if len(values) == 1 and not line.strip():
+        if not line or (_is_blank_row(values) and len(header) != 1):
             continue
         if any(map(_is_enclosed, values) if header else (value[:1] == '"' for value in values)):
             raise UserError(
@@ -186,6 +186,10 @@ def _tsv_rows(path: str | Path, on_bytes: OnBytes) -> Iterator[Row]:
         yield Row(where, dict(zip(header, values, strict=True)))
     if not header:
         raise _no_header(path)
+
+
+def _is_blank_row(values: Sequence[str]) -> bool:
+    return len(values) == 1 and not values[0].strip()
 
 
 def _is_enclosed(value: str) -> bool:
@@ -222,7 +226,7 @@ def _csv_rows(path: str | Path, on_bytes: OnBytes) -> Iterator[Row]:
             ) from None
         if values is None:
             break
-        if not values or (len(values) == 1 and not values[0].strip()):
+        if not values or (_is_blank_row(values) and len(header) != 1):
             continue
         if not header:
             header = _checked_header(values, where)

@@ -107,6 +107,13 @@ def test_inputs_keep_their_order_and_globs_are_sorted(make, tmp_path):
     assert [source.name for source in inputs] == ["c", "a", "b"]
 
 
+def test_a_blank_text_of_a_file_with_one_column_is_a_row(tmp_path):
+    (tmp_path / "a.csv").write_text('text\na\n\n""\n \nb\n')
+    assert [row["text"] for row in read(tmp_path / "a.csv")] == ["a", "", " ", "b"]
+    (tmp_path / "a.tsv").write_text("text\na\n\n \nb\n")
+    assert [row["text"] for row in read(tmp_path / "a.tsv")] == ["a", " ", "b"]
+
+
 @pytest.mark.parametrize("separator", [";", "\t"])
 def test_a_csv_may_have_the_separators_of_spreadsheets(tmp_path, separator):
     table(separator, tmp_path / "a.csv")
