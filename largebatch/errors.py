@@ -36,6 +36,7 @@ FAULT_KINDS = (
     "undecodable",  # neither UTF-8 nor JSON
     "field",  # a field is missing, or holds no text
     "empty",  # an empty query or document
+    "graded",  # a pair that says of itself that it is no positive one
 )
 
 

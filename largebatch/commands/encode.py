@@ -1,11 +1,14 @@
-"""`largebatch encode`: the lines of a file become a matrix of embeddings."""
+"""`largebatch encode`: the texts of a file become a matrix of embeddings."""
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from largebatch.config import EncodeConfig
+from largebatch.curate.rows import find_inputs, read_rows
+from largebatch.data.files import KINDS, KNOWN, numbered_lines, split_ending
 from largebatch.errors import UserError
-from largebatch.evaluate.beir import json_objects, numbered_lines, text_of
+from largebatch.evaluate.beir import text_of
 from largebatch.files import written_aside
 
 if TYPE_CHECKING:
@@ -33,21 +36,34 @@ def run(config: EncodeConfig) -> None:
 
 
 def read_texts(path: Path, *, field: str) -> list[str]:
-    """Return the lines of a text file, empty ones too, or a field of the records of a jsonl file.
+    """Return the lines of a text file, empty ones too, or a field of the rows of another input.
 
     Args:
-        path: A .jsonl file, or else a text file; either may be gzipped.
-        field: Field of a record that holds the text.
+        path: A .txt file, which may be compressed (.gz, .zst), or what `largebatch shard` reads.
+        field: Field of a row that holds the text.
 
     Raises:
-        UserError: The file is missing, empty or not UTF-8, or a record lacks the field.
+        UserError: The input is missing, empty, of an unknown kind or not UTF-8, or a row lacks the
+            field.
     """
-    if not path.is_file():
-        raise UserError(f"input={str(path)!r} is no file; name a .txt or .jsonl file")
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        texts = [text_of(record, field, where=where) for where, record in json_objects(path)]
-    else:
+    ending = split_ending(path)[1]
+    if path.is_file() and ending not in (".txt", *KINDS):
+        raise UserError(
+            f"input={str(path)!r} is of an unknown kind; known are .txt (a text a line), "
+            f"{', '.join(KNOWN)}"
+        )
+    if path.is_file() and ending == ".txt":
         texts = [line for _, line in numbered_lines(path)]
+    else:
+
+        def needed(names: Sequence[str]) -> Collection[str]:
+            return {field}.intersection(names)
+
+        texts = [
+            text_of(row.fields, field, where=row.where)
+            for source in find_inputs([str(path)])
+            for row in read_rows(source, split="train", needed=needed)
+        ]
     if not texts:
         raise UserError(f"input={str(path)!r} is empty; it needs a text a line")
     return texts

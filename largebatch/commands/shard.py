@@ -24,6 +24,8 @@ def run(config: ShardConfig) -> None:
         )
     mapped = ", ".join(f"{role} is {name!r}" for role, name in config.fields.items())
     console.print(f"fields      {mapped or 'recognized by name'}", markup=False, soft_wrap=True)
+    for name, wanted in config.positives.items():
+        console.print(f"positives   {name} {wanted}", markup=False, soft_wrap=True)
     console.print(
         f"output      {config.output_dir}, {config.records_per_shard:,} records per shard, "
         f"{config.layout} layout",
@@ -38,6 +40,12 @@ def run(config: ShardConfig) -> None:
     if counts.repeated_ids.num_ids:
         told = tell_repeated(counts.repeated_ids, counts.written)
         console.print(f"note: {told}", markup=False, soft_wrap=True)
+    if counts.unread_columns:
+        console.print(
+            f"columns that JSON has no values for, not kept: {', '.join(counts.unread_columns)}",
+            markup=False,
+            soft_wrap=True,
+        )
     console.print(
         f"{counts.num_shards:,} shards, {counts.num_bytes / 1e6:,.1f} MB, in {config.output_dir}",
         markup=False,

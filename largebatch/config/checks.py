@@ -17,6 +17,15 @@ def suggest(value: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def least_of(value: str) -> float | None:
+    """Return the number of `>=NUMBER`, or None for a plain value.
+
+    >>> least_of(">= 0.8"), least_of("entailment")
+    (0.8, None)
+    """
+    return float(value[2:]) if value.startswith(">=") else None
+
+
 class Faults:
     """Collects what is wrong with a config, so that all of it is reported at once."""
 
@@ -54,6 +63,15 @@ class Faults:
         """Note each entry of a mapping that names no folder."""
         for name, folder in folders.items():
             self.check(bool(folder), f"{option}.{name} is empty; name a folder")
+
+    def fields(self, option: str, fields: Mapping[str, str]) -> None:
+        """Note names of fields that are given for something that no record has."""
+        roles = ("query", "document", "negatives", "id", "grade")
+        if unknown := sorted(set(fields) - set(roles)):
+            self.found.append(
+                f"{option} has {unknown}; it maps {', '.join(roles[:-1])} and grade to the names "
+                f"of your fields{suggest(unknown[0], roles)}"
+            )
 
     def check(self, holds: bool, message: str) -> None:
         """Note a message unless something holds."""

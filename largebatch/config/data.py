@@ -20,7 +20,8 @@ class SourceConfig:
     """Folders with an index.json, or tar files with braces or globs, index.json beside them."""
     fields: dict[str, str] = field(default_factory=dict)
     """Which field of a record is what, as {query: title, document: body}. Unset: the names that
-    sentence-transformers, FlagEmbedding, tevatron, Automodel and BEIR use are recognized."""
+    sentence-transformers, FlagEmbedding, tevatron, Automodel and BEIR use are recognized. With
+    {grade: none} all records are positive pairs, even if a label or a score in them says no."""
     weight: float | None = None
     """Share of the batches, relative to the other sources' weights; of a source that weighs 0
     nothing is read. Unset for all sources: a source weighs its number of records to the power of
@@ -42,13 +43,7 @@ class SourceConfig:
 
     def check(self, key: str, faults: Faults) -> None:
         """Note what is wrong with the source at `key`, such as data.sources.mine."""
-        unknown = set(self.fields) - {"query", "document", "negatives", "id"}
-        for name in sorted(unknown):
-            faults.check(
-                False,
-                f"{key}.fields.{name} means nothing; fields maps query, document, negatives and id "
-                "to the names of your fields",
-            )
+        faults.fields(f"{key}.fields", self.fields)
         if self.weight is not None:
             faults.at_least(f"{key}.weight", self.weight, 0)
         if self.epochs is not None:

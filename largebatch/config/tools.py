@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from largebatch.config.checks import Faults
+from largebatch.config.checks import Faults, least_of
 from largebatch.config.train import DEVICES, TrainConfig
 from largebatch.errors import UserError
 
@@ -48,8 +48,8 @@ class ShardConfig:
     """Turn jsonl, csv, tsv, parquet or a Hugging Face dataset into numbered tar shards."""
 
     input: list[str] = field(default_factory=list)
-    """Files (globs allowed; .jsonl, .csv, .tsv, .parquet, also .gz or .zst), a folder saved by
-    `datasets` or in BEIR layout, or hf:NAME or hf:NAME:SUBSET for a data set of the hub."""
+    """Files (globs allowed; .jsonl, .json, .csv, .tsv, also .gz or .zst, .parquet), a folder saved
+    by `datasets` or in BEIR layout, or hf:NAME or hf:NAME:SUBSET for a data set of the hub."""
     output_dir: str = "shards"
     """Gets shard-000000.tar, ... and index.json."""
     source: str = ""
@@ -57,7 +57,12 @@ class ShardConfig:
     split: str = "train"
     """Split of a Hugging Face data set, or qrels/SPLIT.tsv of a BEIR folder."""
     fields: dict[str, str] = field(default_factory=dict)
-    """Which field is what, as {query: title, document: body}. Unset: recognized by name."""
+    """Which field is what, as {query: title, document: body}. Unset: recognized by name. With
+    {grade: none} all rows are positive pairs, even if a label or a score beside them says no."""
+    positives: dict[str, str] = field(default_factory=dict)
+    """Which rows are positive pairs, by their label or score, as {label: 1}, {label: entailment}
+    or {score: '>=0.8'}; the others are dropped and counted. Unset: all, and one whose label or
+    score is no yes (1, true, ...) ends the command."""
     records_per_shard: int = 10_000
     """Records in one tar file."""
     layout: str = "packed"
@@ -79,6 +84,12 @@ class ShardConfig:
         faults.check(
             bool(self.input), "input is empty; name files, for example input=[pairs.jsonl]"
         )
+        faults.fields("fields", self.fields)
+        for name, value in self.positives.items():
+            try:
+                least_of(value)
+            except ValueError:
+                faults.found.append(f"positives.{name}={value!r} must end with a number after >=")
         faults.at_least("records_per_shard", self.records_per_shard, 1)
         faults.one_of("layout", self.layout, LAYOUTS)
         faults.at_least("min_chars", self.min_chars, 1)
@@ -122,8 +133,12 @@ class VerifyConfig:
     """Whether an error shows its traceback."""
 
     def __post_init__(self) -> None:
-        if not self.shards:
-            raise UserError("shards is empty; name a folder with index.json: shards=FOLDER")
+        faults = Faults()
+        faults.check(
+            bool(self.shards), "shards is empty; name a folder with index.json: shards=FOLDER"
+        )
+        faults.fields("fields", self.fields)
+        faults.finish()
 
 
 @dataclass(kw_only=True)
@@ -172,6 +187,7 @@ class DedupConfig:
         faults.check(
             0 < self.threshold <= 1, f"threshold={self.threshold} must be above 0 and at most 1"
         )
+        faults.fields("fields", self.fields)
         faults.at_least("ngram_words", self.ngram_words, 1)
         faults.at_least("num_hashes", self.num_hashes, 16)
         faults.at_least("workers", self.workers, 0)
@@ -214,18 +230,18 @@ class EvaluateConfig:
 
 @dataclass(kw_only=True)
 class EncodeConfig:
-    """Embed the lines of a text or jsonl file and write them as a .npy matrix."""
+    """Embed the texts of a file, of any format that `shard` reads, and write a .npy matrix."""
 
     model: str = ""
     """Exported model (a sentence-transformers folder) or hub name."""
     input: list[str] = field(default_factory=list)
-    """Text files (a text a line) or .jsonl files, one or a list."""
+    """One or a list of .txt files (a text a line; also .gz or .zst), or of what `shard` takes."""
     output: str = "embeddings.npy"
     """Gets float32 [number of texts, width], in the order of the input."""
     side: str = "document"
     """query or document: whose prompt is put before each text."""
     field: str = "text"
-    """Field of a jsonl record that holds the text."""
+    """Field of a row that holds the text, where the input is no .txt file."""
     batch_tokens: int = 16384
     """Padded tokens per chunk."""
     device: str = "auto"
@@ -238,7 +254,7 @@ class EncodeConfig:
         faults.check(
             bool(self.model), "model is empty; name a folder, for example model=runs/x/model"
         )
-        faults.check(bool(self.input), "input is empty; name a .txt or .jsonl file")
+        faults.check(bool(self.input), "input is empty; name a file, for example input=texts.jsonl")
         faults.one_of("side", self.side, ("query", "document"))
         faults.at_least("batch_tokens", self.batch_tokens, 1)
         faults.one_of("device", self.device, DEVICES)

@@ -6,17 +6,23 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from largebatch.config import ShardConfig
-from largebatch.curate.rows import Input, Row, read_rows
+from largebatch.config import ShardConfig, least_of, suggest
+from largebatch.curate.rows import Input, read_rows
+from largebatch.data.files import Row
+from largebatch.data.grades import is_grade, same_value
 from largebatch.data.ids import IdCounter, RepeatedIds
 from largebatch.data.records import (
+    BLANKS,
     NEGATIVES,
+    NO_GRADE,
     FieldNames,
     Record,
     field_names,
+    is_blank,
     record_from_mapping,
     texts_of,
 )
@@ -24,7 +30,13 @@ from largebatch.data.shards import INDEX_NAME, ShardIndex, ShardWriter
 from largebatch.errors import UserError
 
 # Reasons for leaving a row out, as they stand in index.json.
-EMPTY, TOO_SHORT, TOO_LONG, DUPLICATE = REASONS = ("empty", "too_short", "too_long", "duplicate")
+EMPTY, TOO_SHORT, TOO_LONG, DUPLICATE, NO_POSITIVE = REASONS = (
+    "empty",
+    "too_short",
+    "too_long",
+    "duplicate",
+    "no_positive",
+)
 
 # Names that a reader of our shards would take for a part of the pair.
 _RESERVED = re.compile(rf"query|document|source|id|(?:{'|'.join(NEGATIVES)})(?:_\d+)?")
@@ -40,13 +52,15 @@ class Counts(NamedTuple):
     dropped: dict[str, int]
     """Rows that were left out, by reason: all of `REASONS`."""
     ignored_positives: int
-    """Further positives of written records; only a row's first is its document."""
+    """Further positives of written records, blank ones aside; only the first is the document."""
     num_shards: int
     """Tar files."""
     num_bytes: int
     """Their size."""
     repeated_ids: RepeatedIds
     """Ids that several of the written records carry."""
+    unread_columns: tuple[str, ...]
+    """Columns of inputs, with their types, that JSON has no values for: they are not kept."""
 
 
 def convert(
@@ -66,7 +80,8 @@ def convert(
     `on_bytes` is as in `read_rows`; `on_row` is called for each row.
 
     Raises UserError if shards are there already (without `config.overwrite`), for a row that
-    cannot be read or holds no pair, or if no row is left. The folder then holds what it held.
+    cannot be read, holds no pair or says that it is no positive one, or if no row is left. The
+    folder then holds what it held.
     """
     folder = Path(config.output_dir)
     if (folder / INDEX_NAME).exists() and not config.overwrite:
@@ -74,20 +89,34 @@ def convert(
             f"output_dir={folder} holds shards already; set overwrite=true to replace them, or "
             "choose another folder"
         )
+    # Where the user says which rows are positives, what is left is.
+    fields = {**config.fields, "grade": NO_GRADE} if config.positives else config.fields
     ids = IdCounter()
     seen: set[bytes] = set()
+    # Each once, in order, whichever files it is in.
+    unread: dict[str, None] = {}
     rows = ignored_positives = 0
     with ShardWriter(
         folder, records_per_shard=config.records_per_shard, layout=config.layout
     ) as writer:
         for source in inputs:
             default_source = config.source or source.name
-            for row in read_rows(source, split=config.split, on_bytes=on_bytes):
+            needed = partial(_texts_among, fields=fields, where=source.path)
+            for row in read_rows(
+                source,
+                split=config.split,
+                on_bytes=on_bytes,
+                needed=needed,
+                on_unread=lambda column: unread.setdefault(column),
+            ):
                 rows += 1
                 on_row()
+                if not _is_positive(row, config.positives):
+                    writer.dropped[NO_POSITIVE] += 1
+                    continue
                 record = record_from_mapping(
                     row.fields,
-                    fields=config.fields,
+                    fields=fields,
                     source=config.source,
                     default_id=f"{default_source}-{rows}",
                     where=row.where,
@@ -95,11 +124,11 @@ def convert(
                 if reason := _reason_to_drop(record, config, seen):
                     writer.dropped[reason] += 1
                     continue
-                names = field_names(row.fields, fields=config.fields, where=row.where)
+                names = field_names(row.fields, fields=fields, where=row.where)
                 positives = texts_of(
                     row.fields[names.document], field=names.document, where=row.where
                 )
-                ignored_positives += len(positives) - 1
+                ignored_positives += sum(not is_blank(text) for text in positives) - 1
                 kept_source = record.source or default_source
                 extra = extra_fields(row, names, uses_source=record.source != config.source)
                 try:
@@ -116,19 +145,52 @@ def convert(
     index = ShardIndex.load(folder)
     num_bytes = sum(shard.num_bytes for shard in index.shards)
     return Counts(
-        rows,
-        index.num_records,
-        dropped,
-        ignored_positives,
-        len(index.shards),
-        num_bytes,
-        ids.repeated(),
+        rows=rows,
+        written=index.num_records,
+        dropped=dropped,
+        ignored_positives=ignored_positives,
+        num_shards=len(index.shards),
+        num_bytes=num_bytes,
+        repeated_ids=ids.repeated(),
+        unread_columns=tuple(unread),
     )
+
+
+def _texts_among(names: Sequence[str], *, fields: Mapping[str, str], where: str) -> tuple[str, ...]:
+    """Return which of an input's fields hold the texts of pairs."""
+    found = field_names(dict.fromkeys(names), fields=fields, where=where)
+    return found.query, found.document, *found.negatives
+
+
+def _is_positive(row: Row, positives: Mapping[str, str]) -> bool:
+    """Whether all that `config.positives` says of a row's fields holds."""
+    for name, wanted in positives.items():
+        if name not in row.fields:
+            raise UserError(
+                f"{row.where}: positives.{name} names no field of it"
+                f"{suggest(name, row.fields)}; it has {', '.join(map(repr, row.fields))}"
+            )
+        value = row.fields[name]
+        least = least_of(wanted)
+        if least is None:
+            if not same_value(value, wanted):
+                return False
+            continue
+        try:
+            number = math.nan if value is None else float(value)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{row.where}: field {name!r} is {value!r} and no number, which "
+                f"positives.{name}={wanted!r} needs"
+            ) from None
+        if not number >= least:
+            return False
+    return True
 
 
 def _reason_to_drop(record: Record, config: ShardConfig, seen: set[bytes]) -> str | None:
     query, document = record.query, record.document
-    shortest = min(len(query.strip()), len(document.strip()))
+    shortest = min(len(query.strip(BLANKS)), len(document.strip(BLANKS)))
     if shortest == 0:
         return EMPTY
     if shortest < config.min_chars:
@@ -148,10 +210,14 @@ def _reason_to_drop(record: Record, config: ShardConfig, seen: set[bytes]) -> st
 def extra_fields(row: Row, names: FieldNames, *, uses_source: bool) -> dict[str, Any]:
     """Return the fields of a row that are no part of the pair, under the names they are kept by."""
     used = {names.query, names.document, names.id, *names.negatives}
+    # A grade that was not to be looked at is none to who reads the shards.
+    renamed = {name for name in row.fields if is_grade(name) and name not in names.grades}
     if uses_source:
         used.add("source")
     return {
-        f"input_{name}" if _RESERVED.fullmatch(name) else name: _plain(value, name, row.where)
+        f"input_{name}" if name in renamed or _RESERVED.fullmatch(name) else name: _plain(
+            value, name, row.where
+        )
         for name, value in row.fields.items()
         if name not in used
     }

@@ -16,8 +16,8 @@ from largebatch.curate import minhash
 from largebatch.curate.contamination import EvaluationIndex, NearSettings
 from largebatch.curate.convert import extra_fields
 from largebatch.curate.minhash import Bands, Hashes
-from largebatch.curate.rows import Row
 from largebatch.curate.textfile import TextFile
+from largebatch.data.files import Row
 from largebatch.data.index import Segment
 from largebatch.data.records import Record, field_names
 from largebatch.data.segment import SegmentRecords, read_segment

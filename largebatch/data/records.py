@@ -18,21 +18,29 @@ counts:
 | `question`  | `answer`            | sentence-transformers' embedding-training sets   |
 | `title`     | `abstract`          | sentence-transformers' embedding-training sets   |
 | `title`     | `body`              | sentence-transformers' embedding-training sets   |
-| `sentence1` | `sentence2`         | sentence-transformers, if there is no score      |
+| `sentence1` | `sentence2`         | sentence-transformers                            |
 
 Negatives are `negatives`, `negative`, `neg`, `negative_passages` and `neg_doc`, each also numbered
 (`negative_0`, `negative_1`, ...), one text or a list. The id is `id`, `_id`, `query_id`,
 `query-id` or `question_id`.
 
 A document is a text, or an object with `text` and maybe `title`, which is put before it. Of several
-positives the first is the document; the others are left out.
+positives the first that is not blank is the document; the others are left out, as blank negatives
+are.
+
+A row with a field that grades the pair (`label`, `score`, `is_duplicate`, ...; see `grades.py`) is
+a record only if that field says yes, or nothing. `fields` may name the one field that grades, as
+`grade`; `none` says that none does, so that every row is a positive pair.
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from largebatch.config import suggest
+from largebatch.data.grades import is_grade, says_positive
 from largebatch.errors import DataError
 
 PAIRS = (
@@ -54,8 +62,19 @@ PAIRS = (
 NEGATIVES = ("negatives", "negative", "neg", "negative_passages", "neg_doc")
 IDS = ("id", "_id", "query_id", "query-id", "question_id")
 
-# Pairs of sentences that come with one of these are graded: most of them are no positives.
-GRADES = ("score", "label", "similarity_score")
+# What `fields.grade` says where no field grades the pairs.
+NO_GRADE = "none"
+
+# What shows nothing of itself: white space, control characters, and zero-width characters.
+BLANKS = "".join(
+    chr(i)
+    for i in (*range(0x3001), 0xFEFF, 0xFFF9, 0xFFFA, 0xFFFB)
+    if unicodedata.category(chr(i)) in ("Cc", "Cf", "Zs", "Zl", "Zp")
+) + (
+    # Letters and symbols by category, and empty all the same.
+    "\u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0"
+)
+_BLANK_CHARS = frozenset(BLANKS)
 
 MAX_FIELDS = 1000
 
@@ -91,6 +110,8 @@ class FieldNames(NamedTuple):
     """Fields of the negatives, in order."""
     id: str | None
     """Field of the id, where there is one."""
+    grades: tuple[str, ...] = ()
+    """Fields that may say that the pair is no positive one."""
 
 
 def record_from_mapping(
@@ -103,13 +124,13 @@ def record_from_mapping(
 ) -> Record:
     """Turn a decoded row into a record.
 
-    `fields` names the row's own fields for any of query, document, negatives and id; the others
-    are recognized (see the table at the top of this file). An empty `source` leaves the row's own
+    `fields` names the row's own fields for any of query, document, negatives, id and grade; the
+    others are recognized (see the top of this file). An empty `source` leaves the row's own
     `source`, where it has one. `default_id` is the id of a row without one. `where` begins the
     message of an error: file and line, or shard and member. A text that is null becomes empty.
 
     Raises DataError if a field that `fields` names is absent, if no query or document is
-    recognized, or if a text is no text.
+    recognized, if a text is no text, or if a grade says that the pair is no positive one.
 
     >>> record_from_mapping(
     ...     {"anchor": "a", "positive": "b", "negative_1": "c"},
@@ -130,6 +151,9 @@ def make_record(
 ) -> Record:
     """Do the same for texts that are known to be valid Unicode, with errors that name no place."""
     names = _cached_field_names(mapping, fields)
+    for name in names.grades:
+        if not says_positive(name, mapping[name]):
+            raise _graded(name, mapping[name])
     query, document = mapping[names.query], mapping[names.document]
     if query is None:
         query = ""
@@ -137,10 +161,10 @@ def make_record(
         raise _not_text(query, names.query)
     if not isinstance(document, str):
         documents = _texts(document, names.document)
-        document = documents[0] if documents else ""
+        document = next((text for text in documents if not is_blank(text)), "")
     negatives: list[str] = []
     for name in names.negatives:
-        negatives += [text for text in _texts(mapping[name], name) if text]
+        negatives += [text for text in _texts(mapping[name], name) if not is_blank(text)]
     if not source:
         own_source = mapping.get("source")
         source = own_source if isinstance(own_source, str) else ""
@@ -165,6 +189,15 @@ def texts_of(value: Any, *, field: str, where: str) -> list[str]:
         return _texts(value, field)
     except DataError as error:
         raise DataError(f"{where}: {error}", kind=error.kind) from None
+
+
+def is_blank(text: str) -> bool:
+    r"""Whether a text holds nothing that shows.
+
+    >>> [is_blank(text) for text in ("", " \n", "\u00a0", "\u200b \ufeff", "a")]
+    [True, True, True, True, False]
+    """
+    return not text or (text[0] in _BLANK_CHARS and not text.strip(BLANKS))
 
 
 def _texts(value: Any, field: str) -> list[str]:
@@ -195,6 +228,8 @@ def _find_field_names(present: tuple[str, ...], mapped: tuple[tuple[str, str], .
         )
     fields = dict(mapped)
     for role, name in fields.items():
+        if role == "grade" and name == NO_GRADE:
+            continue
         if name not in present and not (role == "negatives" and _numbered(name, present)):
             raise _field_error(
                 f"fields.{role}={name!r} is not among its fields, {_listed(present)}"
@@ -209,16 +244,6 @@ def _find_field_names(present: tuple[str, ...], mapped: tuple[tuple[str, str], .
             document is None and document_name not in free
         ):
             continue
-        if (
-            (query, document) == (None, None)
-            and query_name == "sentence1"
-            and any(grade in present for grade in GRADES)
-        ):
-            raise _field_error(
-                f"has sentence1 and sentence2 with a grade ({_listed(present)}), so that not every "
-                "row is a positive pair; keep those that are, and set "
-                "'fields={query: sentence1, document: sentence2}'"
-            )
         query, document = query or query_name, document or document_name
         break
     if query is None or document is None:
@@ -242,7 +267,12 @@ def _find_field_names(present: tuple[str, ...], mapped: tuple[tuple[str, str], .
         if name not in (query, document)
     ]
     ids = [name for name in IDS if name in present and name not in (query, document, *negatives)]
-    return FieldNames(query, document, tuple(negatives), fields.get("id", ids[0] if ids else None))
+    record_id = fields.get("id", ids[0] if ids else None)
+    others = [n for n in present if n not in (query, document, record_id, *negatives)]
+    grades = (fields["grade"],) if "grade" in fields else tuple(filter(is_grade, others))
+    if grades == (NO_GRADE,):
+        grades = ()
+    return FieldNames(query, document, tuple(negatives), record_id, grades)
 
 
 def _numbered(name: str, present: Sequence[str]) -> list[str]:
@@ -310,6 +340,24 @@ def _id(value: Any, field: str, default_id: str) -> str:
 
 def _not_text(value: Any, field: str) -> DataError:
     return _field_error(f"field {field!r} holds {_kind(value)}, and must hold text")
+
+
+def _graded(name: str, value: Any) -> DataError:
+    shown = repr(value)
+    is_scaled = isinstance(value, float | Decimal) and value % 1 != 0
+    wanted = "'>=NUMBER'" if is_scaled else "VALUE"
+    # A name with a space or a dot can stand in braces only.
+    choice = (
+        f"positives.{name}={wanted}"
+        if re.fullmatch(r"\w+", name)
+        else (f"positives={{{name}: {wanted}}}")
+    )
+    return DataError(
+        f"field {name!r} grades the pair, and {shown if len(shown) <= 60 else f'{shown[:60]}...'} "
+        "does not say that it is a positive one (as 1 or true would); keep the rows that are, with "
+        f'`largebatch shard ... "{choice}"`, or set fields.grade=none to take every row for one',
+        kind="graded",
+    )
 
 
 def _field_error(message: str) -> DataError:

@@ -4,6 +4,7 @@ What is wrong with one record concerns that record only; what is wrong with the 
 whole segment.
 """
 
+import codecs
 import io
 import json
 import sys
@@ -18,7 +19,7 @@ import orjson
 from largebatch.data.index import Segment
 from largebatch.data.locations import read_bytes
 from largebatch.data.packed import unpack
-from largebatch.data.records import Record, make_record
+from largebatch.data.records import Record, is_blank, make_record
 from largebatch.data.retries import DEFAULT_RETRIES, Retries
 from largebatch.data.tar import (
     MAX_RECORD_BYTES,
@@ -95,8 +96,8 @@ class SegmentRecords(ABC):
 
     def _check(self, record: Record) -> None:
         query, document, most = record.query, record.document, self.max_chars
-        if not query or not document or query.isspace() or document.isspace():
-            side = "document" if query and not query.isspace() else "query"
+        if is_blank(query) or is_blank(document):
+            side = "query" if is_blank(query) else "document"
             raise DataError(f"record {record.id!r} has an empty {side}", kind="empty")
         if most is None or (len(query) <= most and len(document) <= most and not record.negatives):
             return
@@ -326,6 +327,9 @@ def _decode_json(data: bytes, *, first_byte: int | None) -> dict[str, Any]:
             f"takes {len(data):,} bytes; at most {MAX_RECORD_BYTES:,} are allowed for a record",
             kind="too_large",
         )
+    if data.startswith(codecs.BOM_UTF8):
+        data = data.removeprefix(codecs.BOM_UTF8)
+        first_byte = first_byte and first_byte + len(codecs.BOM_UTF8)
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
@@ -362,7 +366,7 @@ def _check_keys(data: bytes) -> None:
 
 def _decode_text(data: bytes, *, first_byte: int | None) -> str:
     try:
-        return data.decode()
+        return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         at = f"{error.start} of the line" if first_byte is None else str(first_byte + error.start)
         raise DataError(f"is not UTF-8: {error.reason} at byte {at}", kind="undecodable") from None

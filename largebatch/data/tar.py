@@ -230,6 +230,18 @@ def _checked_name(name: str, offset: int, url: str) -> tuple[str, str]:
         raise DataError(f"{where} has a name that is not UTF-8", kind="forbidden")
     key, extension = split_name(name)
     if not is_allowed(extension):
+        # webdataset's rule. A dot too many makes another key, which others may share.
+        inner = extension
+        while "." in inner and not is_allowed(inner):
+            inner = inner.partition(".")[2]
+        if is_allowed(inner):
+            raise DataError(
+                f"{where} has a dot in its key: as webdataset has it, the key ends at the name's "
+                f"first dot, so that {key!r} is the key and {extension!r} the extension, which is "
+                f"none of KEY.json, KEY.FIELD.txt and KEY.{PACKED}; write the samples anew with "
+                "keys without dots (v1_0 for v1.0)",
+                kind="forbidden",
+            )
         raise DataError(
             f"{where} is no text: allowed are KEY.json and KEY.FIELD.txt, such as KEY.query.txt, "
             f"KEY.document.txt, KEY.negative.0.txt, and KEY.{PACKED}",

@@ -1,18 +1,17 @@
 """Retrieval sets in BEIR layout: corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv in one folder.
 
 The layout is the one of Thakur et al. 2021 (https://github.com/beir-cellar/beir), so sets from
-there are read as they are. Every file may be gzipped (corpus.jsonl.gz).
+there are read as they are. Every file may be compressed (corpus.jsonl.gz, corpus.jsonl.zst).
 """
 
-import gzip
 import json
 import logging
 import reprlib
-import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from largebatch.data.files import json_objects, numbered_lines
 from largebatch.errors import UserError
 from largebatch.files import written_aside
 
@@ -126,50 +125,7 @@ def save_retrieval_set(retrieval_set: RetrievalSet, folder: Path, *, split: str 
     _write(qrels_file, ("query-id\tcorpus-id\tscore", *rows))
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a UTF-8 file, each with its number from 1; it may be gzipped (.gz).
-
-    Raises:
-        UserError: A line is not UTF-8, or a gzip file is damaged.
-    """
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            # Bytes are cut at \n alone; str.splitlines would cut at characters inside a text too.
-            for number, raw in enumerate(file, start=1):
-                line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-                try:
-                    yield number, line.decode("utf-8").removesuffix("\n").removesuffix("\r")
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); "
-                        "convert the file to UTF-8"
-                    ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole gzip file ({error}); get it again") from error
-
-
-def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the objects of a jsonl file, each with its file and line for messages.
-
-    Blank lines are passed over.
-
-    Raises:
-        UserError: A line is no JSON object, or see `numbered_lines`.
-    """
-    for number, line in numbered_lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record: Any = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error}); it needs one object a line") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: a {type(record).__name__} where an object is needed")
-        yield where, record
-
-
-def text_of(record: dict[str, Any], field: str, *, where: str) -> str:
+def text_of(record: Mapping[str, Any], field: str, *, where: str) -> str:
     """Return a field of a record that must hold a text.
 
     Raises:
@@ -206,22 +162,24 @@ def _write(path: Path, lines: Iterable[str]) -> None:
 
 
 def _existing(path: Path) -> Path:
-    """Return `path`, or its gzipped form where only that is there."""
-    for candidate in (path, path.with_name(f"{path.name}.gz")):
+    """Return `path`, or its compressed form where only that is there."""
+    for candidate in (path.with_name(f"{path.name}{ending}") for ending in ("", ".gz", ".zst")):
         if candidate.is_file():
             return candidate
     raise UserError(
-        f"retrieval set {path.parent} has no {path.name} (nor {path.name}.gz); the BEIR layout "
+        f"retrieval set {path.parent} has no {path.name} (nor .gz, nor .zst); the BEIR layout "
         "needs corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv"
     )
 
 
 def _qrels_file(folder: Path, split: str) -> Path:
     """Return the file with the judgments of a split, or say which splits there are."""
-    candidates = sorted((folder / "qrels").glob("*.tsv")) + sorted(
-        (folder / "qrels").glob("*.tsv.gz")
-    )
-    files = {path.name.removesuffix(".gz").removesuffix(".tsv"): path for path in candidates[::-1]}
+    # Backwards, so that of several forms the plain one stays.
+    files = {
+        path.name.removesuffix(ending).removesuffix(".tsv"): path
+        for ending in (".zst", ".gz", "")
+        for path in sorted((folder / "qrels").glob(f"*.tsv{ending}"))
+    }
     if not files:
         raise UserError(
             f"retrieval set {folder} has no qrels/*.tsv; the BEIR layout needs corpus.jsonl, "

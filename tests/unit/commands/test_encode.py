@@ -1,11 +1,15 @@
+import csv
 import gzip
 import io
 import json
 import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+import zstandard
+from pyarrow import parquet
 
 from largebatch.commands import encode as command
 from largebatch.commands.encode import read_texts, run
@@ -111,8 +115,53 @@ def test_reads_a_field_of_jsonl(tmp_path):
     lines = "\n\n".join(json.dumps({"text": "other", "body": text}) for text in TEXTS)
     (tmp_path / "a.jsonl").write_text(lines)
     assert read_texts(tmp_path / "a.jsonl", field="body") == TEXTS
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    assert read_texts(tmp_path / "a.jsonl.gz", field="body") == TEXTS
+
+
+def write(path, texts):
+    """Write texts beside others, in the format and the compression that the name says."""
+    kind, _, compression = path.name.partition(".")[2].partition(".")
+    buffer = io.StringIO(newline="")
+    if kind == "txt":
+        buffer.write("\n".join(texts))
+    elif kind == "tsv":
+        buffer.write("\n".join(["id\tbody", *(f"{i}\t{text}" for i, text in enumerate(texts))]))
+    elif kind == "csv":
+        csv.writer(buffer).writerows([("id", "body"), *enumerate(texts)])
+    else:
+        rows = [{"id": i, "body": text} for i, text in enumerate(texts)]
+        lines = "\n".join(map(json.dumps, rows))
+        buffer.write(json.dumps(rows) if kind == "json" else lines)
+    data = buffer.getvalue().encode()
+    if kind == "parquet":
+        parquet.write_table(pa.table({"id": range(len(texts)), "body": texts}), path)
+    else:
+        compress = {"": bytes, "gz": gzip.compress, "zst": zstandard.compress}[compression]
+        path.write_bytes(compress(data))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"a.{kind}{compression}"
+        for kind in ("txt", "jsonl", "ndjson", "json", "csv", "tsv")
+        for compression in ("", ".gz", ".zst")
+    ]
+    + ["a.parquet"],
+)
+def test_every_format_gives_the_same_texts(tmp_path, name):
+    # No tabs: a .tsv file can hold none.
+    texts = ["read the file", "", 'a, "b"; c', "Größe, 数据 and\u2028more"]
+    write(tmp_path / name, texts)
+    assert read_texts(tmp_path / name, field="body") == texts
+
+
+def test_a_saved_data_set_and_several_files_are_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"body": TEXTS}).save_to_disk(tmp_path / "saved")
+    assert read_texts(tmp_path / "saved", field="body") == TEXTS
+    for name in ("b.csv", "a.csv"):
+        write(tmp_path / name, [name])
+    assert read_texts(tmp_path / "*.csv", field="body") == ["a.csv", "b.csv"]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +171,12 @@ def test_reads_a_field_of_jsonl(tmp_path):
         ("a.jsonl", b'{"text": ["x"]}\n', "line 1: text is ['x']; it must be a string"),
         ("a.jsonl", b'{"text": "x"}\n{"text', "line 2: not JSON"),
         ("a.txt", b"fine\n\xe9\n", "line 2: not UTF-8"),
+        ("a.csv", b"id,body\n1,x\n", "a.csv, line 2: there is no field 'text'"),
+        ("a.tsv", b"7\tx\n8\ty\n", "a.tsv, line 1 begins the file with '7', 'x'"),
+        ("a.csv", b'text\n"x\n', "a.csv, line 2: a quote is not closed"),
+        ("a.md", b"x", "is of an unknown kind; known are .txt (a text a line), .jsonl"),
+        ("a", b"x", "is of an unknown kind"),
+        ("a.parquet", b"x", "a.parquet, after row 0, cannot be read"),
         ("a.txt", b"", "is empty"),
         ("a.jsonl", b"\n", "is empty"),
     ],
@@ -141,7 +196,7 @@ def test_names_what_is_wrong_with_the_input(tmp_path, name, content, message):
 def test_names_a_missing_file_model_or_device(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     config = EncodeConfig(model=str(tmp_path / "absent"), input=[str(path)], output=str(tmp_path))
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="matches no file"):
         run(config)
     path.write_text("x\n")
     with pytest.raises(UserError, match=r"^output=.* is a folder"):

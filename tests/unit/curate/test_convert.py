@@ -55,8 +55,8 @@ def records(folder):
 
 def test_rows_become_records_with_their_further_fields(tmp_path):
     rows = [
-        {"key": 5, "q": "q1", "pos": ["d1", "other"], "bad": ["n"], "score": 0.5, "source": "own"},
-        {"key": 6, "q": "q2", "pos": ["d2"], "bad": [], "score": None, "source": None},
+        {"key": 5, "q": "q1", "pos": ["d1", "other"], "bad": ["n"], "stars": 0.5, "source": "own"},
+        {"key": 6, "q": "q2", "pos": ["d2"], "bad": [], "stars": None, "source": None},
     ]
     fields = {"query": "q", "document": "pos", "negatives": "bad", "id": "key"}
     counts = run(write(tmp_path / "my.jsonl.x.jsonl", rows), tmp_path / "out", fields=fields)
@@ -66,8 +66,8 @@ def test_rows_become_records_with_their_further_fields(tmp_path):
         Record("q2", "d2", [], "my.jsonl.x", "6"),
     ]
     first, second = contents(tmp_path / "out")
-    assert list(first) == ["query", "document", "negatives", "source", "id", "score"]
-    assert list(second) == ["query", "document", "source", "id", "score", "input_source"]
+    assert list(first) == ["query", "document", "negatives", "source", "id", "stars"]
+    assert list(second) == ["query", "document", "source", "id", "stars", "input_source"]
 
 
 def test_fields_that_would_be_mistaken_are_renamed(tmp_path):
@@ -94,6 +94,8 @@ def test_drops_are_counted_by_reason(tmp_path):
         ("query", " \n"),
         ("qu", "document"),
         ("query", "d" * 101),
+        ("query", "\u200b\u00a0"),
+        ("\u00a0qu\u200b", "document"),
         ("quer", "ydocument"),
     ]
     rows = [{"query": query, "document": document} for query, document in pairs]
@@ -103,14 +105,16 @@ def test_drops_are_counted_by_reason(tmp_path):
     counts = run(
         path, tmp_path / "out", min_chars=3, max_chars=100, on_row=lambda: seen.append(None)
     )
-    dropped = {"empty": 3, "too_short": 1, "too_long": 2, "duplicate": 1}
-    assert (counts.rows, counts.written, counts.dropped) == (10, 3, dropped)
-    assert len(seen) == 10
-    assert dict(ShardIndex.load(tmp_path / "out").dropped) == dropped
+    dropped = {"empty": 4, "too_short": 2, "too_long": 2, "duplicate": 1, "no_positive": 0}
+    assert (counts.rows, counts.written, counts.dropped) == (12, 3, dropped)
+    assert len(seen) == 12
+    assert dict(ShardIndex.load(tmp_path / "out").dropped) == {
+        k: n for k, n in dropped.items() if n
+    }
     # Ids without one of their own say which row of the input it was.
-    assert [record.id for record in records(tmp_path / "out")] == ["a-1", "a-3", "a-9"]
+    assert [record.id for record in records(tmp_path / "out")] == ["a-1", "a-3", "a-11"]
     counts = run(path, tmp_path / "all", deduplicate=False, max_chars=200)
-    assert (counts.written, counts.dropped["duplicate"]) == (7, 0)
+    assert (counts.written, counts.dropped["duplicate"]) == (8, 0)
 
 
 def test_the_same_input_gives_the_same_bytes_in_numbered_shards(tmp_path):
@@ -139,8 +143,9 @@ def test_values_that_json_has_not(tmp_path):
     assert (content["day"], content["price"]) == ("2024-05-01", "1.50")
     assert (content["bad"], content["list"]) == (None, [1.0, None])
     parquet.write_table(pa.table(table | {"image": [b"png"]}), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"b\.parquet, row 1: field 'image' holds .* bytes"):
-        run(tmp_path / "b.parquet", tmp_path / "other")
+    counts = run(tmp_path / "b.parquet", tmp_path / "other")
+    assert contents(tmp_path / "other") == [content | {"source": "b", "id": "b-1"}]
+    assert counts.unread_columns == ("image (binary)",)
 
 
 def test_shards_that_are_there_stay_unless_told(tmp_path):
@@ -185,3 +190,69 @@ def test_a_record_that_is_too_large_is_named_by_its_line(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", rows)
     with pytest.raises(UserError, match=r"a.jsonl, line 2: record '0' takes 1\d\d bytes"):
         run(path, tmp_path / "out")
+
+
+GRADED = [
+    {"query": "q1", "document": "d1", "label": 1, "score": 0.9},
+    {"query": "q2", "document": "d2", "label": 0, "score": 0.85},
+    {"query": "q3", "document": "d3", "label": 2, "score": None},
+    {"query": "q4", "document": "d4", "label": True, "score": "0.2"},
+]
+
+
+@pytest.mark.parametrize(
+    ("positives", "queries"),
+    [
+        ({"label": "1"}, ["q1", "q4"]),
+        ({"label": "0"}, ["q2"]),
+        ({"score": ">=0.85"}, ["q1", "q2"]),
+        ({"score": ">= 0.1", "label": ">=1"}, ["q1", "q4"]),
+    ],
+)
+def test_positives_are_chosen_by_a_grade(tmp_path, positives, queries):
+    path = write(tmp_path / "a.jsonl", GRADED)
+    counts = run(path, tmp_path / "out", positives=positives)
+    # The shards are read without another word: nothing in them grades the pairs any more.
+    assert [record.query for record in records(tmp_path / "out")] == queries
+    assert counts.dropped["no_positive"] == 4 - len(queries)
+    assert {"input_label", "input_score"} <= set(contents(tmp_path / "out")[0])
+
+
+def test_graded_rows_are_refused_or_taken_for_positives(tmp_path):
+    path = write(tmp_path / "a.jsonl", GRADED)
+    fields = {"query": "query", "document": "document"}
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: field 'score' grades the pair"):
+        run(path, tmp_path / "out", fields=fields)
+    run(path, tmp_path / "out", fields={"grade": "none"})
+    assert len(records(tmp_path / "out")) == 4
+    path = write(tmp_path / "b.jsonl", [{"query": "q", "document": "d", "label": 1}])
+    run(path, tmp_path / "all")
+    assert contents(tmp_path / "all")[0]["label"] == 1
+
+
+@pytest.mark.parametrize(
+    ("positives", "message"),
+    [
+        ({"labl": "1"}, r"line 1: positives\.labl names no field of it \(did you mean 'label'"),
+        ({"document": ">=1"}, r"line 1: field 'document' is 'd1' and no number"),
+        ({"label": ">=one"}, r"positives\.label='>=one' must end with a number"),
+        ({"label": "7"}, r"nothing is left .* no_positive 4"),
+    ],
+)
+def test_a_choice_of_positives_that_means_nothing_is_told(tmp_path, positives, message):
+    path = write(tmp_path / "a.jsonl", GRADED)
+    with pytest.raises(UserError, match=message):
+        run(path, tmp_path / "out", positives=positives)
+
+
+def test_an_unknown_role_of_a_field_is_told(tmp_path):
+    path = write(tmp_path / "a.jsonl", GRADED)
+    with pytest.raises(UserError, match=r"fields has \['quiry'\].*did you mean 'query'"):
+        run(path, tmp_path / "out", fields={"quiry": "query"})
+
+
+def test_blank_positives_count_as_none(tmp_path):
+    rows = [{"query": "a", "pos": ["", "z", " ", "y"]}, {"query": "b", "pos": ["\u200b"]}]
+    counts = run(write(tmp_path / "a.jsonl", rows), tmp_path / "out")
+    assert (counts.written, counts.ignored_positives, counts.dropped["empty"]) == (1, 1, 1)
+    assert records(tmp_path / "out")[0].document == "z"

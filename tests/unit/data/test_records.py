@@ -1,7 +1,9 @@
+from decimal import Decimal
+
 import pytest
 
 from largebatch.data.records import Record, record_from_mapping
-from largebatch.errors import UserError
+from largebatch.errors import DataError, UserError
 
 
 def convert(mapping, **fields):
@@ -129,7 +131,6 @@ def test_null_is_empty():
         ({"query": "q", "document": "\ud800"}, {}, ["'document'", "surrogate"]),
         ({"question": "q", "pos_doc": [{"id": "d1"}]}, {}, ["'pos_doc'", "corpus elsewhere"]),
         ({"question": "q", "pos_doc": [{"body": "d"}]}, {}, ["'pos_doc'", "named 'text'"]),
-        ({"sentence1": "a", "sentence2": "b", "score": 0.1}, {}, ["grade", "sentence1"]),
     ],
 )  # fmt: skip
 def test_what_is_no_record_is_told(mapping, fields, parts):
@@ -142,11 +143,109 @@ def test_what_is_no_record_is_told(mapping, fields, parts):
         assert part in message
 
 
-def test_graded_sentences_can_be_mapped():
-    row = {"sentence1": "q", "sentence2": "d", "score": 1.0}
-    assert convert(row, query="sentence1", document="sentence2")[:2] == ("q", "d")
-
-
 @pytest.mark.parametrize("value", [None, "", "  "])
 def test_a_blank_id_is_none(value):
     assert convert({"query": "q", "document": "d", "id": value}).id == "7"
+
+
+NO = [
+    ("label", 0),
+    ("label", 2),
+    ("label", -1),
+    ("label", "0"),
+    ("label", "not_entailment"),
+    ("Label", False),
+    ("labels", 0),
+    ("label_text", "neutral"),
+    ("gold_label", "-"),
+    ("goldLabel", "contradiction"),
+    ("entailment judgement", "NEUTRAL"),
+    ("is_duplicate", 0),
+    ("duplicate", "no"),
+    ("is_positive", False),
+    ("is_negative", 1),
+    ("relevance", 0.0),
+    ("relevance_score", "0.25"),
+    ("score", 0.01),
+    ("score", Decimal("0.5")),
+    ("score", 4.8),
+    ("similarity_score", 0.9),
+    ("cosine_similarity", 0.3),
+]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [("query", "document"), ("anchor", "positive"), ("sentence1", "sentence2"), ("q", "a")],
+)
+@pytest.mark.parametrize(("name", "value"), NO)
+def test_a_row_that_says_it_is_no_positive_pair_is_none(pair, name, value):
+    row = {pair[0]: "q", pair[1]: "d", name: value}
+    for fields in [{"query": pair[0], "document": pair[1]}] + [{}] * (pair != ("q", "a")):
+        with pytest.raises(DataError) as caught:
+            convert(row, **fields)
+        assert caught.value.kind == "graded"
+        assert f"field {name!r} grades the pair, and {value!r} does not" in str(caught.value)
+        assert "grade=none" in str(caught.value)
+        assert "positives" in str(caught.value)
+        assert convert(row, **fields, grade="none")[:2] == ("q", "d")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("label", 1),
+        ("label", "1.0"),
+        ("score", 1.0),
+        ("gold_label", "Entailment"),
+        ("is_duplicate", True),
+        ("is_hard_negative", 0),
+        ("relevance", None),
+        ("relevance", float("nan")),
+        ("label", ""),
+        ("score", [0.9, 0.1]),
+        ("scores", 0.1),
+        ("votes", 0),
+        ("language", "python"),
+        ("positives", 0),
+    ],
+)
+def test_a_grade_that_says_yes_or_nothing_leaves_a_pair_one(name, value):
+    assert convert({"query": "q", "document": "d", name: value})[:2] == ("q", "d")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "cure"),
+    [
+        ("label", 0, '"positives.label=VALUE"'),
+        ("score", 0.5, "\"positives.score='>=NUMBER'\""),
+        ("gold label", "x", '"positives={gold label: VALUE}"'),
+    ],
+)
+def test_the_cure_of_a_grade_can_be_typed(name, value, cure):
+    with pytest.raises(DataError) as caught:
+        convert({"query": "q", "document": "d", name: value})
+    assert cure in str(caught.value)
+
+
+def test_a_field_of_the_users_own_may_grade():
+    row = {"query": "q", "document": "d", "verdict": "bad", "label": 0}
+    with pytest.raises(DataError, match="'verdict' grades the pair"):
+        convert(row, grade="verdict")
+    assert convert(row | {"verdict": "yes"}, grade="verdict").query == "q"
+    with pytest.raises(DataError, match=r"fields\.grade='verdct' is not among .* 'verdict'"):
+        convert(row, grade="verdct")
+    # A field that holds a text of the pair grades nothing.
+    assert convert({"query": "q", "label": "d"}, document="label").document == "d"
+
+
+INVISIBLE = ["", " \t\n", "\u00a0\u3000", "\u200b\u200d\ufeff", "\u2060 \u00ad", "\x00"]
+
+
+@pytest.mark.parametrize("blank", INVISIBLE)
+def test_blank_positives_and_negatives_are_passed_over(blank):
+    row = {"query": "q", "pos": [None, blank, "d"], "neg": [blank, "n", {"text": blank}]}
+    assert convert(row) == Record("q", "d", ["n"], "s", "7")
+    row = {"query": "q", "positive": "d", "negative_1": blank, "negative_2": "n"}
+    assert convert(row).negatives == ["n"]
+    assert convert({"query": "q", "pos": [blank]}).document == ""

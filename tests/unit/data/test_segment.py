@@ -59,6 +59,43 @@ def test_samples_of_several_members(tmp_path):
     assert second == Record("q2", "d2", [], "s", "x.tar:b")
 
 
+BOM = b"\xef\xbb\xbf"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    texts = tar_of(("a.query.txt", BOM + b"q"), ("a.document.txt", BOM + b"d"))
+    assert next(iter(read_tar(tmp_path, texts)))[:2] == ("q", "d")
+    assert next(iter(read_tar(tmp_path, tar_of(("a.json", BOM + PAIR)))))[:2] == ("q", "d")
+    packed = tar_of(("a.jsonl.zst", pack([BOM + PAIR, PAIR])))
+    assert [record.query for record in read_tar(tmp_path, packed, 2)] == ["q", "q"]
+    with pytest.raises(DataError, match=r"is not UTF-8: .* at byte 516"):
+        list(read_tar(tmp_path, tar_of(("a.json", BOM + b"{\xff"))))
+
+
+@pytest.mark.parametrize("blank", ["", " \n", "\u00a0", "\u200b\ufeff \u3000"])
+def test_a_blank_text_is_empty_and_a_blank_negative_is_none(tmp_path, blank):
+    def read(**fields):
+        row = {"query": "q", "document": "d"} | fields
+        return next(iter(read_tar(tmp_path, tar_of(("a.json", json.dumps(row).encode())))))
+
+    assert read(negatives=[blank, "n"]).negatives == ["n"]
+    for side in ("query", "document"):
+        with pytest.raises(DataError, match=f"has an empty {side}") as caught:
+            read(**{side: blank})
+        assert caught.value.kind == "empty"
+
+
+@pytest.mark.parametrize(
+    "name", ["v1.0.json", "dir/v1.0.query.txt", "a.b.c.jsonl.zst", "2024.01.02.json"]
+)
+def test_a_dot_in_a_key_is_told_as_what_it_is(tmp_path, name):
+    with pytest.raises(DataError, match="has a dot in its key") as caught:
+        read_tar(tmp_path, tar_of((name, PAIR)))
+    key, extension = base_plus_ext(name)
+    assert f"{key!r} is the key and {extension!r} the extension" in str(caught.value)
+    assert caught.value.kind == "forbidden"
+
+
 def test_long_names_and_folders(tmp_path):
     folder = tarfile.TarInfo("folder")
     folder.type = tarfile.DIRTYPE

@@ -273,3 +273,16 @@ def test_ids_that_repeat_are_counted_over_all_shards_and_are_no_problem(tmp_path
     (note,) = notes
     assert note.startswith("10 of 25 records have an id that others have too (ids that repeat: 5)")
     assert "data.sources.NAME.mask_same_id=true" in note
+
+
+def test_graded_pairs_are_told_with_the_cure(tmp_path):
+    rows = [{"query": f"q{i}", "document": "d", "label": i % 2} for i in range(6)]
+    members = [(f"{i}.json", json.dumps(row).encode()) for i, row in enumerate(rows)]
+    path = tmp_path / "a.tar"
+    write_tar(path, members)
+    index_of(path)
+    (problem,) = problems_of(tmp_path)
+    assert problem.startswith(f"{path}: member '0.json' at byte 0: field 'label' grades the pair")
+    assert "fields.grade=none" in problem
+    assert problem.endswith("(and 2 more records)")
+    assert problems_of(tmp_path, grade="none") == []

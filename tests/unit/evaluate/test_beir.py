@@ -2,6 +2,7 @@ import gzip
 import json
 
 import pytest
+import zstandard
 
 from largebatch.errors import UserError
 from largebatch.evaluate.beir import RetrievalSet, load_retrieval_set, save_retrieval_set
@@ -104,17 +105,20 @@ def test_round_trip_with_the_same_bytes(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_reads_gzipped_files_and_a_byte_order_mark(folder):
+@pytest.mark.parametrize(
+    ("ending", "compress"), [("gz", gzip.compress), ("zst", zstandard.compress)]
+)
+def test_reads_compressed_files_and_a_byte_order_mark(folder, ending, compress):
     expected = load_retrieval_set(folder)
     for path in [*folder.glob("*.jsonl"), *folder.glob("qrels/*")]:
-        path.with_name(path.name + ".gz").write_bytes(
-            gzip.compress(b"\xef\xbb\xbf" + path.read_bytes())
+        path.with_name(f"{path.name}.{ending}").write_bytes(
+            compress(b"\xef\xbb\xbf" + path.read_bytes())
         )
         path.unlink()
     assert load_retrieval_set(folder) == expected
-    whole = (folder / "corpus.jsonl.gz").read_bytes()
-    (folder / "corpus.jsonl.gz").write_bytes(whole[:-12])
-    with pytest.raises(UserError, match="not a whole gzip file"):
+    path = folder / f"corpus.jsonl.{ending}"
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(UserError, match=rf"jsonl\.{ending} cannot be read: .*; get it again"):
         load_retrieval_set(folder)
 
 
