@@ -39,6 +39,7 @@ from largebatch.config.train import (
     ScheduleConfig,
     StrategyConfig,
     TrainConfig,
+    longer_than,
 )
 
 __all__ = [
@@ -74,5 +75,6 @@ __all__ = [
     "TextConfig",
     "TrainConfig",
     "VerifyConfig",
+    "longer_than",
     "suggest",
 ]

@@ -1,6 +1,6 @@
 """Whether a run may go on from what its folder holds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -34,6 +34,9 @@ MAY_CHANGE = (
 )
 """Options that say how to run and how long, not what is trained on or how."""
 
+AS_BEGUN = ("pooling.*", "text.*")
+"""Options that a checkpoint answers where they are unset: a run that goes on has its answers."""
+
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, folder: str) -> None:
     """Check that a config continues the run whose config was saved.
@@ -45,7 +48,9 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, folder: str) -
     differences = [
         f"{key}: {old.get(key, 'unset')!r} -> {new.get(key, 'unset')!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key, "unset") != new.get(key, "unset") and not _may_change(key)
+        if old.get(key, "unset") != new.get(key, "unset")
+        and not _is_among(key, MAY_CHANGE)
+        and not (new.get(key, "unset") is None and _is_among(key, AS_BEGUN))
     ]
     if differences:
         raise UserError(
@@ -54,9 +59,9 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, folder: str) -
         )
 
 
-def _may_change(key: str) -> bool:
+def _is_among(key: str, options: Sequence[str]) -> bool:
     return any(
-        fnmatchcase(key, pattern) for option in MAY_CHANGE for pattern in (option, f"{option}.*")
+        fnmatchcase(key, pattern) for option in options for pattern in (option, f"{option}.*")
     )
 
 

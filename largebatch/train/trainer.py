@@ -19,7 +19,7 @@ from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
 from largebatch.phases import phase
-from largebatch.train.build import build_encoder, build_step
+from largebatch.train.build import build_encoder, build_step, in_force
 from largebatch.train.checkpoint import (
     Best,
     Tensors,
@@ -91,6 +91,10 @@ class _Run:
             shares=self.feed.schedule.shares(0),
         )
         self.encoder = encoder.to(device).train()
+        # What the run's folder tells is what was in force, the checkpoint's own words among it.
+        self.config = config = in_force(config, encoder)
+        self.settings = asdict(config)
+        collectives.on_main(self._write_config)
         self.best: Best | None = None
 
         # 4. The step.
@@ -236,7 +240,7 @@ class _Run:
         return bool(result.get("max_steps") == self.config.max_steps)
 
     def _find_progress(self) -> tuple[int, float]:
-        """Return the steps taken and the seconds spent so far; writes config.yaml."""
+        """Return the steps taken and the seconds spent so far."""
         steps = list_checkpoints(self.checkpoints)
         elapsed_s = 0.0
         if steps:
@@ -248,10 +252,12 @@ class _Run:
                     f"{self.config.max_steps}; choose another output_dir"
                 )
             elapsed_s = float(details["elapsed_s"])
+        return (steps[-1] if steps else 0), elapsed_s
+
+    def _write_config(self) -> None:
         (self.folder / "config.yaml").write_text(
             yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
-        return (steps[-1] if steps else 0), elapsed_s
 
     def _evaluate(self, step: int) -> bool:
         """Score the dev sets; return whether the first one's nDCG@10 is the best so far."""
