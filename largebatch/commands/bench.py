@@ -20,6 +20,7 @@ from largebatch.commands.failures import RanksFailed, describe
 from largebatch.commands.launch import launch
 from largebatch.config import SourceConfig, TrainConfig
 from largebatch.config.bench import SYNTHETIC, BenchConfig, Case
+from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
 from largebatch.files import write_text
 
@@ -154,16 +155,20 @@ class _Sweep:
             from largebatch.bench.synthetic import write_synthetic_shards
 
             # Twice the largest batch: an epoch's end inside a batch repeats few texts in it.
+            text = TextSettings()
+            lengths = {
+                name: getattr(config.text, name) or getattr(text, name)
+                for name in ("query_max_tokens", "document_max_tokens")
+            }
             number = 2 * max(case.global_batch for case in config.cases())
             self._console.print(
                 f"data: {number:,} pairs of made-up texts, lengths log-normal up to "
-                f"{config.text.query_max_tokens} and {config.text.document_max_tokens} words"
+                f"{lengths['query_max_tokens']} and {lengths['document_max_tokens']} words"
             )
             write_synthetic_shards(
                 self.work / SYNTHETIC,
                 number,
-                query_max_tokens=config.text.query_max_tokens,
-                document_max_tokens=config.text.document_max_tokens,
+                **lengths,
                 seed=config.seed,
             )
         self._console.print(

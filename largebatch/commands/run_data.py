@@ -11,9 +11,10 @@ from largebatch.config import TrainConfig
 from largebatch.data.holes import read_holes
 from largebatch.data.schedule import Schedule
 from largebatch.data.source import Source
-from largebatch.data.text import TextSettings
+from largebatch.data.text import TextSettings, lower_texts
 from largebatch.errors import UserError
-from largebatch.model.pretrained import load_tokenizer, read_settings
+from largebatch.model.pretrained import load_tokenizer
+from largebatch.model.settings import cut_at_tokenizer, merged_settings
 from largebatch.train.build import build_schedule, build_sources
 from largebatch.train.resume import check_same_run
 
@@ -88,13 +89,18 @@ def _find_text(
     config: TrainConfig, folder: Path, notes: list[str]
 ) -> tuple[TextSettings, Any | None]:
     """Return prompts, lengths and tokenizer: of the run folder, else of the checkpoint."""
-    backbone, tokenizer, settings = config.backbone, None, {}
+    backbone, tokenizer, given = config.backbone, None, asdict(config.text)
+    settings = {name: value for name, value in given.items() if value is not None}
     name = str(folder) if (folder / "tokenizer_config.json").is_file() else None
     try:
-        if name or backbone.path:
-            settings = read_settings(name or str(backbone.path))
+        if checkpoint := name or backbone.path:
+            settings = merged_settings(checkpoint, **given)
         if name := name or backbone.tokenizer or backbone.path:
             tokenizer = load_tokenizer(name)
+            if settings.get("lower_case"):
+                lower_texts(tokenizer)
+            if checkpoint:
+                cut_at_tokenizer(settings, given, tokenizer, name)
         else:
             notes.append(
                 "no tokens are counted, since the tokenizer is made when the run begins; start it, "
@@ -102,13 +108,5 @@ def _find_text(
             )
     except UserError as error:
         notes.append(f"no tokens are counted: {error}")
-    prompts = {
-        side: settings.get(side, "") if (given := getattr(config.text, side)) is None else given
-        for side in ("query_prompt", "document_prompt")
-    }
-    text = TextSettings(
-        **prompts,
-        query_max_tokens=config.text.query_max_tokens,
-        document_max_tokens=config.text.document_max_tokens,
-    )
+    text = TextSettings(**{name: settings[name] for name in given if name in settings})
     return text, tokenizer

@@ -39,6 +39,7 @@ from largebatch.config.train import (
     ScheduleConfig,
     StrategyConfig,
     TrainConfig,
+    longer_than,
 )
 
 __all__ = [
@@ -75,5 +76,6 @@ __all__ = [
     "TrainConfig",
     "VerifyConfig",
     "least_of",
+    "longer_than",
     "suggest",
 ]

@@ -26,7 +26,8 @@ class BackboneConfig:
     vocab_size: int = 16000
     """Entries of a tokenizer that is trained here."""
     attention: str = "sdpa"
-    """transformers' attention implementation: sdpa, eager, flash_attention_2, ..."""
+    """transformers' attention implementation: sdpa (eager where the architecture has none), eager,
+    flash_attention_2, ..."""
     packing: str = "auto"
     """Whether texts go through the backbone in one row, without padding, which gives the same
     embeddings: auto (where it is faster), on or off."""
@@ -60,14 +61,17 @@ class BackboneConfig:
 class PoolingConfig:
     """How the hidden states of a text become one embedding."""
 
-    mode: str = "mean"
-    """cls (first token), mean, last (last token), weighted_mean (token i weighs i, SGPT)."""
-    normalize: bool = True
-    """Whether embeddings have unit length, so that a dot product is the cosine."""
+    mode: str | None = None
+    """cls (first token), mean, last (last token), weighted_mean (token i weighs i, SGPT). Unset: as
+    the checkpoint says, else mean."""
+    normalize: bool | None = None
+    """Whether embeddings have unit length, so that a dot product is the cosine. Unset: as the
+    checkpoint says, else true."""
 
     def __post_init__(self) -> None:
         faults = Faults()
-        faults.one_of("pooling.mode", self.mode, POOLINGS)
+        if self.mode is not None:
+            faults.one_of("pooling.mode", self.mode, POOLINGS)
         faults.finish()
 
 
@@ -79,15 +83,18 @@ class TextConfig:
     """Put before every query. Unset: the checkpoint's own prompt, or none."""
     document_prompt: str | None = None
     """Put before every document. Unset: the checkpoint's own prompt, or none."""
-    query_max_tokens: int = 128
-    """Longest query in training, prompt and special tokens included; the rest is cut."""
-    document_max_tokens: int = 256
-    """Longest document in training. Evaluation and export cut both sides at the larger number."""
+    query_max_tokens: int | None = None
+    """Longest query in training, prompt and special tokens included; the rest is cut. Unset: as the
+    checkpoint says, else 128."""
+    document_max_tokens: int | None = None
+    """Longest document in training. Evaluation and export cut both sides at the larger number.
+    Unset: as the checkpoint says, else 256."""
 
     def __post_init__(self) -> None:
         faults = Faults()
-        faults.at_least("text.query_max_tokens", self.query_max_tokens, 4)
-        faults.at_least("text.document_max_tokens", self.document_max_tokens, 4)
+        for name in ("query_max_tokens", "document_max_tokens"):
+            if (length := getattr(self, name)) is not None:
+                faults.at_least(f"text.{name}", length, 4)
         faults.finish()
 
 

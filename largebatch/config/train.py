@@ -1,10 +1,11 @@
 """Options of a training run."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from largebatch.config.checks import Faults
-from largebatch.config.data import DataConfig
+from largebatch.config.data import CurriculumConfig, DataConfig
 from largebatch.config.model import (
     BackboneConfig,
     ObjectiveConfig,
@@ -230,6 +231,27 @@ class HardwareConfig:
         faults.finish()
 
 
+def longer_than(
+    curriculum: Iterable[CurriculumConfig], most_tokens: Mapping[str, int | None]
+) -> list[str]:
+    """Return what is wrong with lengths of a curriculum: those beyond what the model takes.
+
+    Args:
+        curriculum: The phases of a run.
+        most_tokens: The model's query_max_tokens and document_max_tokens, None where not known yet.
+    """
+    found = []
+    for phase in curriculum:
+        for option in ("query_max_tokens", "document_max_tokens"):
+            now, most = getattr(phase, option), most_tokens[option]
+            if now is not None and most is not None and now > most:
+                found.append(
+                    f"data.curriculum.*.{option}={now} is more than text.{option}={most}; raise "
+                    "the latter, which is what the trained model takes"
+                )
+    return found
+
+
 @dataclass(kw_only=True)
 class TrainConfig:
     """Pre-train an embedding model; running the same command again resumes it."""
@@ -314,15 +336,8 @@ class TrainConfig:
             f"timeout_s={self.strategy.timeout_s:g}, after which other ranks give up; lower those, "
             "or raise this",
         )
-        for number, phase in enumerate(self.data.curriculum):
-            for side in ("query", "document"):
-                option = f"{side}_max_tokens"
-                now, most = getattr(phase, option), getattr(self.text, option)
-                faults.check(
-                    now is None or now <= most,
-                    f"data.curriculum[{number}].{option}={now} is more than text.{option}="
-                    f"{most}; raise the latter, which is what the trained model takes",
-                )
+        for fault in longer_than(self.data.curriculum, vars(self.text)):
+            faults.check(False, fault)
         for name, source in self.data.sources.items():
             key = f"data.sources.{name}.urls"
             faults.check(

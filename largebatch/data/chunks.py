@@ -78,7 +78,7 @@ def pack_chunks(
     *,
     pad_id: int,
     device: torch.device,
-    first_position: int = 0,
+    skipped_position: int | None = None,
 ) -> Iterator[Chunk]:
     """Make the chunks of a plan one by one, each as one row without padding.
 
@@ -87,12 +87,13 @@ def pack_chunks(
         plan: Rows of each chunk, sorted by length.
         pad_id: Stands, masked, for a text without any token.
         device: Where the chunks go.
-        first_position: Position of each text's first token (RoBERTa's kind begins behind its
-            padding index).
+        skipped_position: RoBERTa's kind counts positions from behind this one, which is that of
+            its padding token, also where a text holds it: it is the token's id as well. None:
+            positions are counted from 0, whatever the tokens.
     """
     starts = _starts(texts)
     for rows in plan:
-        yield _pack(texts, starts, rows, pad_id, device, first_position)
+        yield _pack(texts, starts, rows, pad_id, device, skipped_position)
 
 
 def distinct_texts(texts: Texts, num_pairs: int) -> DistinctTexts:
@@ -160,7 +161,7 @@ def _pack(
     rows: Rows,
     pad_id: int,
     device: torch.device,
-    first_position: int,
+    skipped_position: int | None,
 ) -> Chunk:
     lengths = texts.lengths[rows].astype(np.int64)
     places = np.maximum(lengths, 1)
@@ -169,7 +170,13 @@ def _pack(
     mask = np.repeat(lengths > 0, places)
     ids = np.full(len(mask), pad_id, np.int64)
     ids[mask] = texts.tokens[_token_positions(starts, rows, lengths)]
-    position_ids = np.arange(len(mask)) - np.repeat(boundaries[:-1], places) + first_position
+    if skipped_position is None:
+        position_ids = np.arange(len(mask)) - np.repeat(boundaries[:-1], places)
+    else:
+        counted = ids != skipped_position
+        before = np.concatenate([[0], np.cumsum(counted)])[:-1]
+        number = before - np.repeat(before[boundaries[:-1]], places) + 1
+        position_ids = skipped_position + np.where(counted, number, 0)
     different, num_texts = np.unique(places, return_counts=True)
     return Chunk(
         to_device(ids[None], device),

@@ -24,6 +24,8 @@ class TextSettings:
     """Longest query in training, prompt and special tokens included."""
     document_max_tokens: int = 256
     """Longest document in training."""
+    default_side: str | None = None
+    """Whose prompt is put before a text of no known side, by sentence-transformers; None: none."""
 
     def prompt(self, side: str) -> str:
         """Return the prompt of `side`: query or document."""
@@ -51,6 +53,47 @@ def check_side(side: str) -> str:
     if side not in ("query", "document"):
         raise UserError(f"side={side!r} is neither 'query' nor 'document'")
     return side
+
+
+def lower_texts(tokenizer: Any) -> None:
+    """Make a tokenizer put texts in lower case first; one that does so already stays as it is.
+
+    Raises:
+        UserError: The tokenizer is in pure Python.
+    """
+    from tokenizers import normalizers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        kind = type(tokenizer).__name__
+        raise UserError(
+            f"do_lower_case in sentence_bert_config.json can't be done with {kind}, which is in "
+            "pure Python; it needs a tokenizer.json"
+        )
+    before = backend.normalizer
+    if before is None:
+        backend.normalizer = normalizers.Lowercase()
+    elif before.normalize_str("A") != before.normalize_str("a"):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), before])
+
+
+def pad_token_of(tokenizer: Any) -> str:
+    """Return what fills the padding for a tokenizer that names no token for it, as decoders' do.
+
+    Padding is masked everywhere, so any special token serves. A token of plain text does not: it
+    would be a special one from then on.
+
+    Raises:
+        UserError: It has none.
+    """
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for token in (tokenizer.eos_token, tokenizer.unk_token, *special):
+        if token is not None:
+            return str(token)
+    raise UserError(
+        "the tokenizer has no special token, so that nothing can fill the padding; add "
+        '"pad_token" to its tokenizer_config.json'
+    )
 
 
 def tokenize(

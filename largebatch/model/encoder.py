@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from largebatch.batch import Chunk, Texts
 from largebatch.config import PACKINGS, POOLINGS, suggest
 from largebatch.data.chunks import Rows, pack_chunks, pad_chunks, plan_chunks
-from largebatch.data.text import TextSettings, tokenize
+from largebatch.data.text import TextSettings, lower_texts, pad_token_of, tokenize
 from largebatch.errors import UserError
 from largebatch.model.attention import (
     known_padding,
@@ -32,16 +32,26 @@ from largebatch.model.compiled import compile_layers, is_compiled, plain_shape
 from largebatch.model.finite import check_embeddings, check_weights, damaged_weight
 from largebatch.model.last_layer import ONE_TOKEN_POOLINGS, pooled_tokens, prepare_last_layer
 from largebatch.model.pooling import POOLING, pool_chunk
-from largebatch.model.positions import check_fit, first_position, length_multiple
+from largebatch.model.positions import (
+    check_fit,
+    length_multiple,
+    skipped_position,
+    usable_positions,
+)
 from largebatch.model.pretrained import (
     backbone_from_config,
     check_model_folder,
     load_backbone,
     load_tokenizer,
-    merged_settings,
     new_backbone,
-    read_settings,
     tokenizer_of,
+)
+from largebatch.model.probe import check_backbone
+from largebatch.model.settings import (
+    cut_at_tokenizer,
+    cut_lengths,
+    merged_settings,
+    read_settings,
 )
 from largebatch.transfer import wait_for
 
@@ -71,6 +81,9 @@ class Encoder(nn.Module):
         document_prompt: Put before each document.
         query_max_tokens: Longest query in training; encoding cuts at the larger of both numbers.
         document_max_tokens: Longest document in training.
+        default_side: query or document: whose prompt an exported folder puts before a text of
+            which sentence-transformers is not told the side. None: no prompt.
+        lower_case: Whether texts are put in lower case, whatever the tokenizer does by itself.
         packing: Whether texts go through the backbone in one row without padding, which gives the
             same embeddings: on (where the backbone allows it), off, or auto (where it is faster).
         compile: Whether torch.compile compiles the layers. Texts are then padded.
@@ -80,7 +93,7 @@ class Encoder(nn.Module):
     Raises:
         UserError: The pooling or packing is unknown, the tokenizer has tokens that the backbone
             lacks, a maximum length is beyond the backbone's positions, or the backbone can't be
-            compiled or checkpointed here.
+            trained, compiled or checkpointed here.
     """
 
     def __init__(
@@ -94,6 +107,8 @@ class Encoder(nn.Module):
         document_prompt: str = "",
         query_max_tokens: int = 128,
         document_max_tokens: int = 256,
+        default_side: str | None = None,
+        lower_case: bool = False,
         packing: str = "auto",
         compile: bool = False,  # noqa: A002
         checkpoint_layers: bool = False,
@@ -112,23 +127,34 @@ class Encoder(nn.Module):
         self.normalize = normalize
         self.packing = packing
         self._told_why_padded = False
-        # A compiled layer takes the graph of another, whose hooks it has not.
-        self._has_one_token_layer = (
-            pooling in ONE_TOKEN_POOLINGS and not compile and prepare_last_layer(backbone)
-        )
-        use_packed_attention(backbone)
         self.text = TextSettings(
             query_prompt=query_prompt,
             document_prompt=document_prompt,
             query_max_tokens=query_max_tokens,
             document_max_tokens=document_max_tokens,
+            default_side=default_side,
         )
+        self.lower_case = lower_case
         self.autocast_dtype: torch.dtype | None = None
         """Set to bfloat16 for mixed precision in the backbone."""
+        if lower_case:
+            lower_texts(tokenizer)
         if tokenizer.pad_token_id is None:
-            # Decoders often have none. Padding is masked everywhere, so any token serves.
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+            tokenizer.pad_token = pad_token_of(tokenizer)
         check_fit(backbone, tokenizer, self.text)
+        known = set(tokenizer.get_vocab().values())
+        self.embedding_width = check_backbone(
+            backbone,
+            token_ids=sorted(known - set(tokenizer.all_special_ids) or known),
+            pad_id=self.pad_id,
+            longest=self.text.encode_max_tokens,
+        )
+        """Width d of an embedding."""
+        # A compiled layer takes the graph of another, whose hooks it has not.
+        self._has_one_token_layer = (
+            pooling in ONE_TOKEN_POOLINGS and not compile and prepare_last_layer(backbone)
+        )
+        use_packed_attention(backbone)
         self.extra_units = 1.0 if checkpoint_layers else 0.0
         """Forward passes that the backward pass repeats, whatever a chunk keeps."""
         if checkpoint_layers:
@@ -153,27 +179,32 @@ class Encoder(nn.Module):
     ) -> "Encoder":
         """Load a transformers or sentence-transformers folder, or a hub name.
 
-        What is not given comes from the folder's sentence-transformers settings, else from the
-        defaults of the constructor. Code of the folder is never run; weights are safetensors.
+        What is not given is as the folder's sentence-transformers settings say, else as the
+        defaults of the constructor, lengths as far as the model has positions; what is given
+        instead is told in a warning. Code of the folder is never run; weights are safetensors.
         `how` is packing, compile and checkpoint_layers, as in the constructor.
 
         Raises:
             UserError: There is no such model, it has no safetensors, a weight is not finite, or its
-                modules are more than a transformer, a pooling and a normalization.
+                settings say what can't be done here, such as modules that are more than a
+                transformer, a pooling and a normalization.
         """
         name = str(path_or_name)
         check_model_folder(name)
-        settings = merged_settings(
-            name,
-            pooling=pooling,
-            normalize=normalize,
-            query_prompt=query_prompt,
-            document_prompt=document_prompt,
-            query_max_tokens=query_max_tokens,
-            document_max_tokens=document_max_tokens,
-        )
+        given = {
+            "pooling": pooling,
+            "normalize": normalize,
+            "query_prompt": query_prompt,
+            "document_prompt": document_prompt,
+            "query_max_tokens": query_max_tokens,
+            "document_max_tokens": document_max_tokens,
+        }
+        settings = merged_settings(name, **given)
         own_tokenizer = tokenizer_of(name, tokenizer)
+        cut_at_tokenizer(settings, given, own_tokenizer, name)
         backbone = load_backbone(name, attention=attention)
+        positions = usable_positions(backbone)
+        cut_lengths(settings, given, most=positions, reason=f"{name} has no more positions")
         encoder = cls(backbone, own_tokenizer, **how, **settings)
         check_weights(encoder, name)
         return encoder
@@ -261,7 +292,7 @@ class Encoder(nn.Module):
                 plan,
                 pad_id=self.pad_id,
                 device=self.device,
-                first_position=first_position(self.backbone),
+                skipped_position=skipped_position(self.backbone),
             )
         return plan, pad_chunks(
             texts, plan, pad_id=self.pad_id, device=self.device, multiple=multiple
@@ -294,11 +325,6 @@ class Encoder(nn.Module):
         """Type of the embeddings."""
         dtype = next(self.backbone.parameters()).dtype
         return torch.float64 if dtype == torch.float64 else torch.float32
-
-    @property
-    def embedding_width(self) -> int:
-        """Width d of an embedding."""
-        return int(self.backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]
 
     @property
     def pad_id(self) -> int:

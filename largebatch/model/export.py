@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from largebatch.model.pretrained import POOLING_NAMES, SETTINGS_FILE, quiet_transformers
+from largebatch.model.pretrained import quiet_transformers
+from largebatch.model.settings import POOLING_NAMES, SETTINGS_FILE
 
 if TYPE_CHECKING:
     from largebatch.model.encoder import Encoder
@@ -53,7 +54,7 @@ def save_settings(encoder: "Encoder", folder: Path) -> None:
     )
     _write(
         folder / "sentence_bert_config.json",
-        {"max_seq_length": text.encode_max_tokens, "do_lower_case": False},
+        {"max_seq_length": text.encode_max_tokens, "do_lower_case": encoder.lower_case},
     )
     theirs = {ours: name for name, ours in POOLING_NAMES.items()}[encoder.pooling]
     _write(
@@ -75,7 +76,7 @@ def save_settings(encoder: "Encoder", folder: Path) -> None:
         folder / "config_sentence_transformers.json",
         {
             "prompts": {"query": text.query_prompt, "document": text.document_prompt},
-            "default_prompt_name": None,
+            "default_prompt_name": text.default_side,
             "similarity_fn_name": "cosine" if encoder.normalize else "dot",
         },
     )

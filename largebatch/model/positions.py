@@ -45,17 +45,19 @@ def length_multiple(
 def usable_positions(backbone: nn.Module) -> int | None:
     """Return the longest text that a model takes, None if it has no limit that it tells."""
     if (embedding := _position_embedding(backbone)) is not None:
-        return embedding.num_embeddings - first_position(backbone)
+        skipped = embedding.padding_idx
+        return embedding.num_embeddings - (0 if skipped is None else skipped + 1)
     positions = getattr(backbone.config, "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
-def first_position(backbone: nn.Module) -> int:
-    """Return the position of a text's first token; RoBERTa's kind skips its padding index."""
+def skipped_position(backbone: nn.Module) -> int | None:
+    """Return the position that RoBERTa's kind gives to padding; None for the others.
+
+    It is also the id of the padding token, and positions of a text are counted from behind it.
+    """
     embedding = _position_embedding(backbone)
-    if embedding is None or embedding.padding_idx is None:
-        return 0
-    return int(embedding.padding_idx) + 1
+    return None if embedding is None else embedding.padding_idx
 
 
 def _position_embedding(backbone: nn.Module) -> nn.Embedding | None:

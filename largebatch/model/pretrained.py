@@ -1,8 +1,7 @@
 """Models and tokenizers from folders, the hub or a config, with errors that one can act on."""
 
-import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,29 +14,18 @@ from largebatch.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SETTINGS_FILE = "largebatch.json"
-"""Holds what a sentence-transformers folder has no place for: the maximum length of each side."""
-
-POOLING_NAMES = {
-    "cls": "cls",
-    "mean": "mean",
-    "lasttoken": "last",
-    "weightedmean": "weighted_mean",
-}
-"""Poolings by the name that sentence-transformers gives them."""
-
 
 def load_backbone(name: str, *, attention: str) -> nn.Module:
     """Load a pre-trained transformers model in float32.
 
     Raises:
-        UserError: There is no such model, or it has no safetensors that can be read.
+        UserError: There is no such model, it has no safetensors that can be read, or it is of a
+            kind that can't be trained here.
     """
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel
 
     check_model_folder(name)
-    try:
+    with _explained(lambda error: _model_error(name, error)):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         _prepare(config)
         with quiet_transformers():
@@ -47,23 +35,24 @@ def load_backbone(name: str, *, attention: str) -> nn.Module:
                 use_safetensors=True,
                 trust_remote_code=False,
                 dtype=torch.float32,
-                attn_implementation=attention,
+                attn_implementation=_usable_attention(config, attention),
             )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise _model_error(name, error) from error
-    return _freeze_pooler(model)
+    return _finished(model)
 
 
 def backbone_from_config(folder: Path, *, attention: str) -> nn.Module:
-    """Return an untrained model, in float32, by the config.json of a folder."""
-    from transformers import AutoConfig, AutoModel
+    """Return an untrained model, in float32, by the config.json of a folder.
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    _prepare(config)
-    model: nn.Module = AutoModel.from_config(
-        config, attn_implementation=attention, dtype=torch.float32
-    )
-    return _freeze_pooler(model)
+    Raises:
+        UserError: transformers can't build it.
+    """
+    from transformers import AutoConfig
+
+    with _explained(lambda error: _model_error(str(folder), error)):
+        model = _untrained(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False), attention=attention
+        )
+    return _finished(model)
 
 
 def new_backbone(
@@ -72,9 +61,10 @@ def new_backbone(
     """Return an untrained model of a transformers architecture, in float32.
 
     Raises:
-        UserError: transformers has no such architecture, or its config no such entry.
+        UserError: transformers has no such architecture, its config no such entry, or it is of a
+            kind that can't be trained here.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     if model_type not in CONFIG_MAPPING:
         raise UserError(
@@ -93,13 +83,9 @@ def new_backbone(
         if name in known
     }
     entries: dict[str, Any] = {"vocab_size": len(tokenizer), **ids, **config}
-    full = AutoConfig.for_model(model_type, **entries)
-    _prepare(full)
-    try:
-        model = AutoModel.from_config(full, attn_implementation=attention, dtype=torch.float32)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"backbone.config: {_first_line(error)}") from error
-    return _freeze_pooler(model)
+    with _explained(lambda error: UserError(f"backbone.config of {model_type}: {_reason(error)}")):
+        model = _untrained(AutoConfig.for_model(model_type, **entries), attention=attention)
+    return _finished(model)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -111,10 +97,8 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     check_model_folder(name, weights=False)
-    try:
+    with _explained(lambda error: _model_error(name, error)):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise _model_error(name, error) from error
 
 
 def tokenizer_of(name: str, other: str | Path | None) -> Any:
@@ -168,109 +152,58 @@ def _check_hub(name: str) -> None:
         raise _model_error(name, error) from error
 
 
-def read_settings(name: str) -> dict[str, Any]:
-    """Return pooling, normalize, prompts and lengths of a sentence-transformers folder.
-
-    Only what the folder tells is in the result; a plain transformers folder gives an empty one.
-
-    Raises:
-        UserError: It has modules or a pooling that are not known here.
-    """
-    modules = _read_json(name, "modules.json")
-    if modules is None:
-        return {}
-    settings: dict[str, Any] = {"normalize": False}
-    for module in modules:
-        kind = str(module["type"]).rsplit(".", 1)[-1]
-        if kind == "Pooling":
-            config = _read_json(name, f"{module['path']}/config.json")
-            settings["pooling"] = _pooling_of(name, config)
-        elif kind == "Normalize":
-            settings["normalize"] = True
-        elif kind != "Transformer" or module["path"]:
-            raise UserError(
-                f"{name!r} has the module {module['type']} at {module['path']!r}; a transformer, "
-                "a Pooling and a Normalize are understood"
-            )
-    length = (_read_json(name, "sentence_bert_config.json") or {}).get("max_seq_length")
-    if length is None:  # sentence-transformers 6 keeps it in the tokenizer's config only.
-        length = (_read_json(name, "tokenizer_config.json") or {}).get("model_max_length")
-    if isinstance(length, int) and length < 10**6:  # transformers writes 1e30 for "no limit".
-        settings |= {"query_max_tokens": length, "document_max_tokens": length}
-    prompts = (_read_json(name, "config_sentence_transformers.json") or {}).get("prompts") or {}
-    for side in ("query", "document"):
-        if isinstance(prompt := prompts.get(side), str):
-            settings[f"{side}_prompt"] = prompt
-    return settings | (_read_json(name, SETTINGS_FILE) or {})
-
-
-def merged_settings(name: str, **given: Any) -> dict[str, Any]:
-    """Return a folder's settings, overridden by those that are given (None: not given)."""
-    settings = read_settings(name)
-    for key in ("query_prompt", "document_prompt"):
-        if given[key] is not None and key in settings and given[key] != settings[key]:
-            log.warning(
-                "%s=%r differs from %r, which the checkpoint %s was trained with",
-                key, given[key], settings[key], name,
-            )  # fmt: skip
-    return settings | {key: value for key, value in given.items() if value is not None}
-
-
-def _pooling_of(name: str, config: dict[str, Any] | None) -> str:
-    config = config or {}
-    modes = config.get("pooling_mode")
-    if modes is None:  # The older form: one boolean for each mode.
-        prefix = "pooling_mode_"
-        modes = [key[len(prefix) :] for key, on in config.items() if key.startswith(prefix) and on]
-    modes = [modes] if isinstance(modes, str) else list(modes)
-    short = [mode.removesuffix("_tokens").removesuffix("_token") for mode in modes]
-    if len(short) != 1 or short[0] not in POOLING_NAMES:
-        raise UserError(
-            f"{name!r} pools by {', '.join(modes)}; one of {', '.join(POOLING_NAMES)} is understood"
-        )
-    if not config.get("include_prompt", True):
-        raise UserError(f"{name!r} leaves its prompt out of the pooling, which is not supported")
-    return POOLING_NAMES[short[0]]
-
-
-def _read_json(name: str, file: str) -> Any:
-    """Read a JSON file of a model folder or of the hub's cache; None if there is none."""
-    from transformers.utils.hub import cached_file
-
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        path: str | Path | None = folder / file
-    else:
-        path = cached_file(
-            name,
-            file,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    if path is None or not Path(path).is_file():
-        return None
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-
-
 def _prepare(config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"{config.model_type} is an encoder-decoder; an encoder or a decoder is needed"
         )
+    if config.architectures is None:
+        config.architectures = []  # AutoModel looks into it where it has several classes.
     if hasattr(config, "use_cache"):
         config.use_cache = False  # Keys and values of earlier tokens are only for generation.
+    if hasattr(config, "attention_type") and hasattr(config, "num_random_blocks"):
+        # BigBird draws at random what long texts attend to, and counts padding in their length.
+        config.attention_type = "original_full"
 
 
-def _freeze_pooler(model: nn.Module) -> nn.Module:
+def _usable_attention(config: Any, attention: str) -> str:
+    """Return `attention`, or eager where the architecture has no sdpa."""
+    from transformers import MODEL_MAPPING
+
+    kinds: Any = MODEL_MAPPING.get(type(config), ())
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if attention != "sdpa" or all(kind._supports_sdpa for kind in kinds):
+        return attention
+    log.info("attention is eager: transformers has no sdpa for %s", config.model_type)
+    return "eager"
+
+
+def _untrained(config: Any, *, attention: str) -> Any:
+    from transformers import AutoModel
+
+    _prepare(config)
+    return AutoModel.from_config(
+        config, attn_implementation=_usable_attention(config, attention), dtype=torch.float32
+    )
+
+
+def _finished(model: nn.Module) -> nn.Module:
     # No pooling here uses the pooler of BERT's kind. It stays, untrained, so that whoever loads the
     # exported model is not warned of missing weights.
     if isinstance(pooler := getattr(model, "pooler", None), nn.Module):
         pooler.requires_grad_(False)
     return model
+
+
+@contextmanager
+def _explained(explain: Callable[[Exception], UserError]) -> Iterator[None]:
+    """Turn whatever transformers raises at a file or config of others into a UserError."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise explain(error) from error
 
 
 @contextmanager
@@ -290,7 +223,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _model_error(name: str, error: Exception) -> UserError:
-    reason = _first_line(error)
+    reason = _reason(error)
     if Path(name).expanduser().is_dir():
         return UserError(f"model folder {name!r} can't be loaded: {reason}")
     return UserError(
@@ -298,5 +231,10 @@ def _model_error(name: str, error: Exception) -> UserError:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, and the second one if the first leads to it."""
+    first, *others = str(error).strip().splitlines() or [""]
+    reason = f"{first} {others[0].strip()}" if first.endswith(":") and others else first
+    if isinstance(error, (OSError, ValueError, ImportError)):
+        return reason
+    return f"{type(error).__name__}: {reason}"

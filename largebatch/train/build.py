@@ -3,19 +3,20 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from largebatch.config import CurriculumConfig, TextConfig, TrainConfig
+from largebatch.config import CurriculumConfig, TextConfig, TrainConfig, longer_than
 from largebatch.data.retries import Retries
 from largebatch.data.schedule import Reweighting, Schedule, SourceShape
 from largebatch.data.shards import resolve_source
 from largebatch.data.source import Source
 from largebatch.data.stream import TextPhase, sample_texts
 from largebatch.data.text import TextSettings, train_tokenizer
+from largebatch.errors import UserError
 from largebatch.files import written_aside
 from largebatch.gradcache import GradCache
 from largebatch.losses.infonce import ContrastiveLoss
@@ -82,7 +83,13 @@ def build_schedule(config: TrainConfig, sources: Sequence[Source]) -> Schedule:
 
 
 def text_phases(text: TextSettings, curriculum: Sequence[CurriculumConfig]) -> list[TextPhase]:
-    """Return how prompts and lengths change over the run, from the model's own settings on."""
+    """Return how prompts and lengths change over the run, from the model's own settings on.
+
+    Raises:
+        UserError: A length is more than the model takes.
+    """
+    if faults := longer_than(curriculum, asdict(text)):
+        raise UserError("; ".join(faults))
     phases = [TextPhase(0, text)]
     for change in curriculum:
         lengths = {
@@ -172,16 +179,19 @@ def build_encoder(
         "compile": backbone.compile,
         "checkpoint_layers": backbone.checkpoint_layers,
     }
+    given = {
+        "pooling": config.pooling.mode,
+        "normalize": config.pooling.normalize,
+        **asdict(config.text),
+    }
     if resumes:
         return Encoder.from_settings(folder, **how)
     if backbone.path is not None:
         encoder = Encoder.from_pretrained(
             backbone.path,
             tokenizer=backbone.tokenizer,
-            pooling=config.pooling.mode,
-            normalize=config.pooling.normalize,
             **how,
-            **_given(config.text),
+            **given,
         )
         collectives.on_main(lambda: _save_settings(encoder, folder))
         return encoder
@@ -193,9 +203,7 @@ def build_encoder(
                 _tokenizer(config, sources, shares),
                 config=backbone.config,
                 attention=backbone.attention,
-                pooling=config.pooling.mode,
-                normalize=config.pooling.normalize,
-                **_given(config.text),
+                **{name: value for name, value in given.items() if value is not None},
             ),
             folder,
         )
@@ -209,16 +217,11 @@ def _save_settings(encoder: Encoder, folder: Path) -> None:
         save_settings(encoder, aside)
 
 
-def _given(text: TextConfig) -> dict[str, Any]:
-    """Return the text settings that are set; an unset prompt is the checkpoint's own."""
-    settings: dict[str, Any] = {
-        "query_max_tokens": text.query_max_tokens,
-        "document_max_tokens": text.document_max_tokens,
-    }
-    for name in ("query_prompt", "document_prompt"):
-        if (prompt := getattr(text, name)) is not None:
-            settings[name] = prompt
-    return settings
+def in_force(config: TrainConfig, encoder: Encoder) -> TrainConfig:
+    """Return the config with its encoder's settings, where it leaves them to the checkpoint."""
+    text = {name: getattr(encoder.text, name) for name in asdict(config.text)}
+    pooling = replace(config.pooling, mode=encoder.pooling, normalize=encoder.normalize)
+    return replace(config, pooling=pooling, text=TextConfig(**text))
 
 
 def _tokenizer(config: TrainConfig, sources: Sequence[Source], shares: Sequence[float]) -> Any:

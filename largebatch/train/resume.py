@@ -6,11 +6,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from largebatch.config import TrainConfig
 from largebatch.errors import UserError
-from largebatch.files import write_text
 from largebatch.train.checkpoint import Kind, damaged, list_checkpoints, read_details
 from largebatch.train.result import is_over
 
@@ -45,6 +42,9 @@ MAY_CHANGE = (
 NEWER = ("data.sources.*.mask_same_id",)
 """Options that were not there when older runs began; those go on with what is set now."""
 
+AS_BEGUN = ("pooling.*", "text.*")
+"""Options that a checkpoint answers where they are unset: a run that goes on has its answers."""
+
 
 class Progress(NamedTuple):
     """How far earlier processes of a run came."""
@@ -58,7 +58,7 @@ class Progress(NamedTuple):
 
 
 def find_progress(folder: Path, config: TrainConfig) -> Progress:
-    """Look how far the run in a folder came; writes config.yaml, unless it is over.
+    """Look how far the run in a folder came.
 
     Raises:
         UserError: It can't go on with this config, or its newest checkpoint is damaged.
@@ -77,11 +77,7 @@ def find_progress(folder: Path, config: TrainConfig) -> Progress:
             )
         elapsed_s = float(details["elapsed_s"])
     step = steps[-1] if steps else 0
-    if step == config.max_steps and is_over(folder, step):
-        return Progress(step, elapsed_s, is_over=True)
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    write_text(folder / "config.yaml", text)
-    return Progress(step, elapsed_s, is_over=False)
+    return Progress(step, elapsed_s, step == config.max_steps and is_over(folder, step))
 
 
 def read_run_details(checkpoints: Path, step: int) -> dict[str, Any]:
@@ -104,8 +100,9 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, folder: str) -
         f"{key}: {old.get(key, 'unset')!r} -> {new.get(key, 'unset')!r}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key, "unset") != new.get(key, "unset")
-        and not _matches(key, MAY_CHANGE)
-        and not (key not in old and _matches(key, NEWER))
+        and not _is_among(key, MAY_CHANGE)
+        and not (key not in old and _is_among(key, NEWER))
+        and not (new.get(key, "unset") is None and _is_among(key, AS_BEGUN))
     ]
     if differences:
         raise UserError(
@@ -114,7 +111,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, folder: str) -
         )
 
 
-def _matches(key: str, options: Sequence[str]) -> bool:
+def _is_among(key: str, options: Sequence[str]) -> bool:
     return any(
         fnmatchcase(key, pattern) for option in options for pattern in (option, f"{option}.*")
     )

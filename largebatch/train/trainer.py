@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from filelock import FileLock, Timeout
 
 from largebatch.batch import RankBatch, Texts
@@ -15,12 +16,12 @@ from largebatch.budget import KeepPlan
 from largebatch.config import TrainConfig
 from largebatch.dropout import rank_seed
 from largebatch.errors import UserError
-from largebatch.files import writing, written_aside
+from largebatch.files import write_text, writing, written_aside
 from largebatch.model.encoder import Encoder
 from largebatch.model.finite import check_weights
 from largebatch.parallel.collectives import Collectives
 from largebatch.phases import phase
-from largebatch.train.build import build_encoder, build_step
+from largebatch.train.build import build_encoder, build_step, in_force
 from largebatch.train.checkpoint import (
     Best,
     Tensors,
@@ -104,6 +105,10 @@ class _Run:
             shares=self.feed.schedule.shares(0),
         )
         self.encoder = encoder.to(device).train()
+        # What the run's folder tells is what was in force, the checkpoint's own words among it.
+        self.config = config = in_force(config, encoder)
+        self.settings = asdict(config)
+        collectives.on_main(self._write_config)
         self.best: Best | None = None
 
         # 4. The step.
@@ -249,6 +254,10 @@ class _Run:
             for entry in read_metrics(self.folder / METRICS_FILE)
             if entry["step"] == self.config.max_steps
         )
+
+    def _write_config(self) -> None:
+        text = yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
+        write_text(self.folder / "config.yaml", text)
 
     def _name_of_best_score(self) -> str:
         return f"eval/{next(iter(self.dev_sets))}/ndcg@10"

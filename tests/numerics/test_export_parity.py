@@ -197,3 +197,29 @@ def test_what_sentence_transformers_saves_is_read_by_us(tmp_path):
         np.testing.assert_allclose(
             theirs_encode(TEXTS), again.encode(TEXTS, side=side), rtol=0, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("lower_case", [False, True])
+def test_special_tokens_in_texts_and_lower_case_are_as_in_sentence_transformers(
+    tmp_path, lower_case
+):
+    """RoBERTa's positions skip a literal padding token, packed too."""
+    torch.manual_seed(0)
+    encoder = Encoder.from_scratch(
+        "roberta",
+        tokenizer_of("encoder"),
+        config=SIZES["bert"] | {"initializer_range": 0.3},
+        pooling="mean",
+        query_max_tokens=QUERY_MAX_TOKENS,
+        document_max_tokens=DOCUMENT_MAX_TOKENS,
+        lower_case=lower_case,
+    )
+    encoder.save_pretrained(tmp_path)
+    texts = ["THE FOX <pad> of </s> the <s> rows", "the fox <pad> of </s> the <s> rows", *TEXTS]
+    theirs = SentenceTransformer(str(tmp_path), trust_remote_code=False, device="cpu")
+    expected = theirs.encode(texts)
+    assert (abs(expected[0] - expected[1]).max() < 1e-5) == lower_case
+    for again in (encoder, Encoder.from_pretrained(tmp_path)):
+        for packing in ("on", "off"):
+            again.packing = packing
+            np.testing.assert_allclose(again.encode(texts), expected, rtol=0, atol=1e-5)

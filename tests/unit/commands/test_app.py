@@ -326,7 +326,7 @@ def test_cfg_shows_the_config(capsys):
     assert app.main(["train", "name=x", "-c", "job", "--resolve"]) == 0
     assert "output_dir: runs/x\n" in capsys.readouterr().out
     assert app.main(["train", "--cfg", "job", "--package", "pooling"]) == 0
-    assert capsys.readouterr().out == "mode: mean\nnormalize: true\n"
+    assert capsys.readouterr().out == "mode: null\nnormalize: null\n"
     assert app.main(["train", "--cfg", "hydra"]) == 0
     assert "sweeper" in capsys.readouterr().out
     assert app.main(["train", "quickstart", "--info", "defaults"]) == 0

@@ -63,6 +63,23 @@ def embed(encoder, texts, packing, *, budget=100):
     return embeddings[torch.from_numpy(np.argsort(np.concatenate(plan)))], chunks
 
 
+@pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta", "bert", "llama"])
+def test_special_tokens_in_texts_are_packed_as_they_are_padded(model_type):
+    """RoBERTa's kind takes positions from the tokens: a literal padding token skips one."""
+    encoder = make_encoder(model_type)
+    special = encoder.tokenizer.all_special_ids
+    assert encoder.pad_id in special
+    texts = [[7, token, 9, token, token, 11] for token in special]
+    texts += [[encoder.pad_id], [7, encoder.pad_id], [encoder.pad_id, 7], [8] * 20]
+    for pooling in ("cls", "mean", "last", "weighted_mean"):
+        encoder.pooling = pooling
+        padded, _ = embed(encoder, Texts.from_lists(texts), "off")
+        packed, _ = embed(encoder, Texts.from_lists(texts), "on")
+        alone = [embed(encoder, Texts.from_lists([text]), "on")[0] for text in texts]
+        torch.testing.assert_close(packed, padded, rtol=0, atol=1e-12)
+        torch.testing.assert_close(torch.cat(alone), padded, rtol=0, atol=1e-12)
+
+
 def test_every_packable_architecture_is_tested():
     assert set(PACKABLE) == set(CONFIGS)
 

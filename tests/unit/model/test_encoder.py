@@ -251,7 +251,8 @@ def test_warns_of_other_prompts_and_of_another_tokenizer(tmp_path, caplog):
         changed = Encoder.from_pretrained(tmp_path / "model", query_prompt="find: ")
         Encoder.from_pretrained(tmp_path / "model", tokenizer=tmp_path / "other")
     prompt, tokenizer = caplog.messages
-    assert prompt.startswith("query_prompt='find: ' differs from 'word1 '")
+    says = f"what the checkpoint {tmp_path / 'model'} says"
+    assert prompt == f"text.query_prompt='find: ' overrides {says}: 'word1 '"
     assert tokenizer.startswith(f"the tokenizer {tmp_path / 'other'} differs from that of")
     assert changed.text.query_prompt == "find: "  # a warning: the user's word counts
 

@@ -2,21 +2,26 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from dist import run_ranks
 from numerics.tiny_run import STEPS, STOP, tiny_config, train_on_ranks, write_data
 from safetensors.torch import load_file, save_file
 
 from largebatch.commands import export
 from largebatch.config import (
+    BackboneConfig,
     CheckpointConfig,
     EvalConfig,
     ExportConfig,
     LoggerConfig,
     OptimConfig,
+    PoolingConfig,
+    TextConfig,
 )
 from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
@@ -122,6 +127,35 @@ def test_another_config_is_refused_with_the_difference(data, copy, world_size):
     with pytest.raises(UserError, match=r"another config \(optim\.lr: 0\.0002 -> 0\.1\); set"):
         train_on_ranks(config, world_size)
     assert files(copy) == before
+
+
+def test_a_run_from_a_checkpoint_is_as_the_checkpoint_says_unless_told(data, whole, tmp_path):
+    checkpoint = shutil.copytree(whole / "model", tmp_path / "checkpoint")
+    (checkpoint / "1_Pooling/config.json").write_text('{"pooling_mode": "cls"}')
+    modules = json.loads((checkpoint / "modules.json").read_text())
+    (checkpoint / "modules.json").write_text(json.dumps(modules[:2]))
+    (checkpoint / "largebatch.json").unlink()
+
+    def settings(folder):
+        encoder = Encoder.from_pretrained(folder / "model")
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        assert config["pooling"] == {"mode": encoder.pooling, "normalize": encoder.normalize}
+        for name, value in config["text"].items():
+            assert getattr(encoder.text, name) == value
+        return encoder.pooling, encoder.normalize, encoder.text.query_max_tokens
+
+    longest = Encoder.from_pretrained(checkpoint).text.encode_max_tokens
+    parts = {"backbone": BackboneConfig(path=str(checkpoint)), "max_steps": 1}
+    run = tmp_path / "run"
+    config = tiny_config(data, run, **parts, pooling=PoolingConfig(), text=TextConfig())
+    train_on_ranks(config, 1)
+    assert settings(run) == ("cls", False, longest)
+    shutil.rmtree(checkpoint)  # A run that goes on needs it no more.
+    train_on_ranks(replace(config, max_steps=2), 1)
+    assert settings(run) == ("cls", False, longest)
+    other = replace(config, pooling=PoolingConfig(mode="mean"), max_steps=3)
+    with pytest.raises(UserError, match=r"pooling\.mode: 'cls' -> 'mean'"):
+        train_on_ranks(other, 1)
 
 
 def test_a_checkpoint_whose_config_was_changed_by_hand(data, copy):
