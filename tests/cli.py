@@ -85,7 +85,7 @@ class Running:
         # os.walk, since folders vanish under the search, and pathlib's glob fails on that.
         return any("error.json" in files for _, _, files in os.walk(self.temporary))
 
-    def wait(self, timeout_s: float = 60) -> Done:
+    def wait(self, timeout_s: float = 300) -> Done:
         """Wait for its end; no process of it may be left then."""
         deadline = self.since + timeout_s
         failed = False
@@ -103,7 +103,7 @@ class Running:
         assert self.alive() == []
         return Done(self.process.returncode, out, err, ending_s)
 
-    def wait_for(self, holds: Callable[[], bool], timeout_s: float = 60) -> None:
+    def wait_for(self, holds: Callable[[], bool], timeout_s: float = 300) -> None:
         """Wait until something holds, which must be before it ends."""
         deadline = time.monotonic() + timeout_s
         while not holds():
@@ -139,7 +139,7 @@ def largebatch(
     cwd: Path,
     launcher: Sequence[str] = (),
     start: type[subprocess.Popen] = WarmProcess,
-    timeout_s: float = 60,
+    timeout_s: float = 300,
 ) -> Done:
     """Run `largebatch ARGUMENTS` to its end."""
     with running(*arguments, cwd=cwd, launcher=launcher, start=start) as started:
