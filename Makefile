@@ -5,23 +5,28 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 SETUP := PYTHON="$(PYTHON)" launch/setup.sh
+# Whoever is done takes over tests of the other; the slow ones, in e2e/ and numerics/, come first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 SETUP_FILES := pyproject.toml launch/setup.sh launch/constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check lint format gpu wheel clean
+.PHONY: help quickstart test test-exhaustive check lint format gpu wheel clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
 
 quickstart: .venv/.ready ## Write pairs from the Python code on this machine, train on them, score
 	$(BIN)/largebatch pairs code
 	$(BIN)/largebatch train quickstart
 
-test: .venv/.ready-dev ## Run all tests
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+test: .venv/.ready-dev ## Run all tests; where options multiply, all pairs of their values
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-exhaustive: .venv/.ready-dev ## ... all combinations of them: run it when the step or parallel/ changes
+	$(PYTEST) --exhaustive $(PYTEST_ARGS)
 
 check: lint ## Lint, types and all tests but the slow ones: what to run before each commit
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 lint: .venv/.ready-dev ## Check format, lint, types, spelling and shell scripts
 	$(BIN)/ruff format --check

@@ -1,4 +1,8 @@
-"""Run `largebatch` as people do, in processes of its own, on a tiny model and tiny data."""
+"""Run `largebatch` as people do, in processes of its own, on a tiny model and tiny data.
+
+These are forks of the test's process (see warm.py). `start=subprocess.Popen` makes new ones, which
+takes some seconds more: for a few tests of each kind, and those that a warm start cannot serve.
+"""
 
 import os
 import signal
@@ -6,20 +10,18 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+from warm import WarmProcess
 
 from largebatch.data.records import Record
 from largebatch.data.shards import ShardWriter
 from largebatch.evaluate.beir import RetrievalSet, save_retrieval_set
 
-MARK = "LARGEBATCH_TEST_MARK"
-"""Environment variable by which all processes of a run are found, orphans too."""
 COLOURS = ("red", "green", "blue", "white", "black", "grey", "pink", "brown")
 THINGS = ("cat", "dog", "house", "tree", "river", "stone", "cloud", "bird", "fish", "moon")
 
@@ -56,35 +58,34 @@ class Done(NamedTuple):
 class Running:
     """A process that was started, with all that it started in turn."""
 
-    def __init__(self, command: Sequence[str], cwd: Path) -> None:
-        self.mark = uuid.uuid4().hex
-        self.since = time.monotonic()
+    def __init__(self, command: Sequence[str], cwd: Path, start: type[subprocess.Popen]) -> None:
+        self.cwd = cwd.resolve()
         self.temporary = Path(tempfile.mkdtemp(dir=cwd))
-        self.process = subprocess.Popen(
+        self.process = start(
             command,
             cwd=cwd,
-            env=os.environ | {MARK: self.mark, "TMPDIR": str(self.temporary)},
+            env=os.environ | {"TMPDIR": str(self.temporary)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
+        self.since = time.monotonic()
 
     def alive(self) -> list[psutil.Process]:
-        """Return all its processes that have not ended."""
-        return [process for process in psutil.process_iter() if _mark_of(process) == self.mark]
+        """Return all its processes that have not ended, orphans too: those in its folder."""
+        return [process for process in psutil.process_iter() if _is_in(process, self.cwd)]
 
     def rank(self, number: int) -> psutil.Process:
         """Return the process of a rank; its loader processes are not meant."""
-        children = psutil.Process(self.process.pid).children()
-        (found,) = [p for p in children if p.environ().get("RANK") == str(number)]
-        return found
+        ranks = psutil.Process(self.process.pid).children()
+        return sorted(ranks, key=lambda rank: (rank.create_time(), rank.pid))[number]
 
     def _has_error_file(self) -> bool:
         # os.walk, since folders vanish under the search, and pathlib's glob fails on that.
         return any("error.json" in files for _, _, files in os.walk(self.temporary))
 
-    def wait(self, timeout_s: float = 60) -> Done:
+    def wait(self, timeout_s: float = 300) -> Done:
         """Wait for its end; no process of it may be left then."""
         deadline = self.since + timeout_s
         failed = False
@@ -102,7 +103,7 @@ class Running:
         assert self.alive() == []
         return Done(self.process.returncode, out, err, ending_s)
 
-    def wait_for(self, holds: Callable[[], bool], timeout_s: float = 60) -> None:
+    def wait_for(self, holds: Callable[[], bool], timeout_s: float = 300) -> None:
         """Wait until something holds, which must be before it ends."""
         deadline = time.monotonic() + timeout_s
         while not holds():
@@ -120,10 +121,11 @@ def running(
     *arguments: str | Path,
     cwd: Path,
     launcher: Sequence[str] = (),
+    start: type[subprocess.Popen] = WarmProcess,
 ) -> Iterator[Running]:
     """Start `largebatch ARGUMENTS`, maybe under a launcher; nothing of it outlives the block."""
     command = [sys.executable, *launcher, "-m", "largebatch", *map(str, arguments)]
-    started = Running(command, cwd)
+    started = Running(command, cwd, start)
     try:
         yield started
     finally:
@@ -133,10 +135,14 @@ def running(
 
 
 def largebatch(
-    *arguments: str | Path, cwd: Path, launcher: Sequence[str] = (), timeout_s: float = 60
+    *arguments: str | Path,
+    cwd: Path,
+    launcher: Sequence[str] = (),
+    start: type[subprocess.Popen] = WarmProcess,
+    timeout_s: float = 300,
 ) -> Done:
     """Run `largebatch ARGUMENTS` to its end."""
-    with running(*arguments, cwd=cwd, launcher=launcher) as started:
+    with running(*arguments, cwd=cwd, launcher=launcher, start=start) as started:
         return started.wait(timeout_s)
 
 
@@ -193,10 +199,8 @@ def _pair(number: int) -> tuple[str, str]:
     return f"{colour} {thing} {number}", f"this is about number {number}, a {colour} {thing}"
 
 
-def _mark_of(process: psutil.Process) -> str | None:
+def _is_in(process: psutil.Process, folder: Path) -> bool:
     try:
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return None
-        return process.environ().get(MARK)
+        return process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == folder
     except psutil.Error:
-        return None
+        return False

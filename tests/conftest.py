@@ -22,6 +22,11 @@ for ignored in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what `make test-exhaustive` asks with."""
+    parser.addoption("--exhaustive", action="store_true", help="all combinations, not all pairs")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs unless only GPU tests run, so that all others see the same machine everywhere.
 
@@ -29,6 +34,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the combinations that are too many for each run, unless they are asked for."""
+    if config.option.exhaustive or "exhaustive" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

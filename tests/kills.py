@@ -8,6 +8,7 @@ batch which an undisturbed run on one process had.
 
 import json
 import random
+import subprocess
 import time
 from collections import Counter
 from contextlib import suppress
@@ -65,13 +66,22 @@ class Outcome(NamedTuple):
     wall_s: float
 
 
-def run_with_kills(folder: Path, *, kills: int, seed: int, batches: str) -> Outcome:
+def run_with_kills(
+    folder: Path,
+    *,
+    kills: int,
+    seed: int,
+    batches: str,
+    start: type[subprocess.Popen] = subprocess.Popen,
+) -> Outcome:
     """Train twice in a folder, once with kills, and compare; raises AssertionError."""
     write_data(folder)
     steps = STEPS_PER_KILL * (kills + 1)
-    undisturbed = train_undisturbed(folder, steps=steps, batches=batches)
+    undisturbed = train_undisturbed(folder, steps=steps, batches=batches, start=start)
     begin = time.monotonic()
-    done = kill_and_finish(folder, kills=kills, steps=steps, seed=seed, batches=batches)
+    done = kill_and_finish(
+        folder, kills=kills, steps=steps, seed=seed, batches=batches, start=start
+    )
     wall_s = time.monotonic() - begin
     notes, repeated = compare(folder / "killed", undisturbed)
     holes = places_of_holes(folder / "killed")
@@ -123,12 +133,14 @@ def train_command(
     ]
 
 
-def train_undisturbed(folder: Path, *, steps: int, batches: str) -> Log:
+def train_undisturbed(
+    folder: Path, *, steps: int, batches: str, start: type[subprocess.Popen]
+) -> Log:
     """Train on one process, and return what it trained on."""
     command = train_command(
         "undisturbed", steps=steps, batches=batches, ranks=1, workers=0, prefetch=4
     )
-    with running(*command, cwd=folder) as run:
+    with running(*command, cwd=folder, start=start) as run:
         done = run.wait(START_WITHIN_S + steps)
     assert (done.code, done.err) == (0, ""), done
     (file,) = (folder / "undisturbed" / "records").iterdir()
@@ -144,7 +156,15 @@ def train_undisturbed(folder: Path, *, steps: int, batches: str) -> Log:
     return log
 
 
-def kill_and_finish(folder: Path, *, kills: int, steps: int, seed: int, batches: str) -> list[Kill]:
+def kill_and_finish(
+    folder: Path,
+    *,
+    kills: int,
+    steps: int,
+    seed: int,
+    batches: str,
+    start: type[subprocess.Popen],
+) -> list[Kill]:
     """Train with kills in between, and once more to the end."""
     draw = random.Random(seed)
     done: list[Kill] = []
@@ -160,7 +180,7 @@ def kill_and_finish(folder: Path, *, kills: int, steps: int, seed: int, batches:
             workers=workers,
             prefetch=draw.randint(1, 4),
         )
-        with running(*command, cwd=folder) as run:
+        with running(*command, cwd=folder, start=start) as run:
             if left == 0:
                 ended = run.wait(START_WITHIN_S + steps)
                 assert ended.code == 0, ended

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -183,7 +184,7 @@ def test_a_hub_that_is_out_of_reach_is_told_at_once(
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     model = ("backbone=pretrained", "backbone.path=models/mine")
-    done = largebatch(*line(*model, ranks=1), cwd=folder)
+    done = largebatch(*line(*model, ranks=1), cwd=folder, start=subprocess.Popen)
     assert "model 'models/mine' is no folder here, and as a hub name it can't" in done.error()
     assert done.ending_s < ENDED_WITHIN_S
 
@@ -224,7 +225,7 @@ def test_rank_0_speaks_even_if_it_is_the_last_to_see_a_mistake(
         "import os, time\nif os.environ.get('RANK') == '0': time.sleep(5)\n", encoding="utf-8"
     )
     monkeypatch.setenv("PYTHONPATH", str(folder / "slow"))
-    done = largebatch(*line("pooling=maen"), cwd=folder, launcher=TORCHRUN)
+    done = largebatch(*line("pooling=maen"), cwd=folder, launcher=TORCHRUN, start=subprocess.Popen)
     ours = [text for text in done.err.splitlines() if text.startswith("error: ")]
     assert (done.code, len(ours)) == (1, 1), done.err
 

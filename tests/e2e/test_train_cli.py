@@ -1,6 +1,7 @@
 """`largebatch train` from shards to a scored model, and the commands that use what it leaves."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "logger.plots=true",
         shards="shards",
     )
-    first = largebatch(*line, cwd=folder)
+    first = largebatch(*line, cwd=folder, start=subprocess.Popen)
     assert (first.code, first.err) == (0, ""), (first.out, first.err)
     return Run(folder, line, first)
 

@@ -10,14 +10,14 @@ from functools import partial
 
 import pytest
 import torch
+from all_pairs import by_first
 from dist import run_ranks
 from numerics.on_strategies import TOLERANCES
 from numerics.reference import relative_error, tiny_encoder
 from numerics.uneven import (
-    ALL_PATHS,
     CASES,
-    COMPILED,
-    SOME_PATHS,
+    COMPILED_KEEPS,
+    KEEPS,
     Found,
     Paths,
     gradients_on_rank,
@@ -36,12 +36,23 @@ from largebatch.parallel import fsdp
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.deepspeed_build import prepare
 
-OTHERS = [one for one in ALL_PATHS if one not in SOME_PATHS]
 MEAN = "longer, symmetric, mean"
 CLS_DROPOUT = "longer, one way, cls, dropout"
 LAST_DROPOUT = "empty, symmetric, last, dropout"
 LAST = "negatives only, one way, last"
 COMPILING = [name for name in TOLERANCES if name != "zero3"]
+PATHS = by_first(TOLERANCES, CASES, KEEPS, ("padded", "packed"))
+# Compiling takes longer than all else, so each strategy compiles one case, and keeps in each way.
+COMPILED_PATHS = [
+    pytest.param(
+        name,
+        [(case, keep, "compiled") for keep in COMPILED_KEEPS],
+        id=f"{name}-{case}",
+        marks=() if place % len(CASES) == number else pytest.mark.exhaustive,
+    )
+    for place, name in enumerate(COMPILING)
+    for number, case in enumerate(CASES)
+]
 SENDING_EARLY = ("ddp", "zero0", "zero1", "zero2")
 UNITS = {"none": (4, 4), "layers": (3.5, 4), "products": (3, 3.1), "all": (3, 3), "auto": (3, 4)}
 
@@ -93,29 +104,24 @@ def assert_taken(one: Paths, ranks: list[Found]) -> None:
         assert any(lowest < number < highest for number in units), one
 
 
-@pytest.mark.parametrize(
-    "paths", [SOME_PATHS, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["some", "others"]
-)
-@pytest.mark.parametrize("name", TOLERANCES)
-def test_gradient_is_that_of_the_full_batch(name, paths):
-    found = errors(name, paths)
+def assert_exact(name, paths):
+    found = errors(
+        name, sorted((Paths(*one) for one in paths), key=lambda one: (one.case, one.how))
+    )
     assert {one: error for one, error in found.items() if not error < TOLERANCES[name]} == {}
 
 
-@pytest.mark.parametrize(
-    ("name", "paths"),
-    [
-        ("ddp", [one for one in COMPILED if one.case == CLS_DROPOUT]),
-        *(pytest.param(name, COMPILED, marks=pytest.mark.slow) for name in COMPILING),
-    ],
-    ids=["ddp-some", *COMPILING],
-)
+@pytest.mark.parametrize(("name", "paths"), PATHS)
+def test_gradient_is_that_of_the_full_batch(name, paths):
+    assert_exact(name, paths)
+
+
+@pytest.mark.parametrize(("name", "paths"), COMPILED_PATHS)
 # Dynamo looks at the attribute of every tensor.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.usefixtures("dynamo")
 def test_gradient_of_compiled_layers_is_that_of_the_full_batch(name, paths):
-    found = errors(name, paths)
-    assert {one: error for one, error in found.items() if not error < TOLERANCES[name]} == {}
+    assert_exact(name, paths)
 
 
 def replay_without_its_random_state():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from all_pairs import combined
 from dist import run_ranks
 from numerics.reference import (
     DOCUMENTS,
@@ -68,13 +69,14 @@ def run(world_size, **options):
     return run_ranks(on_rank, world_size, world_size, options)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("budget", [1, 40, 10**6])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)], ids=["f64", "f32"]
+@combined(
+    world_size=[1, 2, 3, 4],
+    budget=[1, 40, 10**6],
+    symmetric=[False, True],
+    dtype=[torch.float64, torch.float32],
 )
-def test_equals_full_batch(world_size, budget, symmetric, dtype, tolerance):
+def test_equals_full_batch(world_size, budget, symmetric, dtype):
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-4}[dtype]
     loss, expected = expected_gradient(symmetric)
     for value, _, found, num_chunks in run(
         world_size, symmetric=symmetric, budget=budget, dtype=dtype
@@ -87,9 +89,7 @@ def test_equals_full_batch(world_size, budget, symmetric, dtype, tolerance):
             assert num_chunks == 1
 
 
-@pytest.mark.parametrize("packing", ["off", "on"])
-@pytest.mark.parametrize("keep", LEVELS)
-@pytest.mark.parametrize("world_size", [1, 3])
+@combined(world_size=[1, 3], keep=LEVELS, packing=["off", "on"])
 def test_what_is_kept_and_packed_changes_nothing(world_size, keep, packing):
     _, expected = expected_gradient(True)
     for _, _, found, _ in run(
@@ -119,9 +119,7 @@ def repeated_texts():
     return queries, documents, [*NEGATIVES, DOCUMENTS[0], NEGATIVES[0]]
 
 
-@pytest.mark.parametrize("packing", ["off", "on"])
-@pytest.mark.parametrize("keep", ["none", "layers", "all"])
-@pytest.mark.parametrize("world_size", [1, 3])
+@combined(world_size=[1, 3], keep=["none", "layers", "all"], packing=["off", "on"])
 def test_identical_texts_are_encoded_once(world_size, keep, packing):
     sides = repeated_texts()
 
@@ -180,45 +178,41 @@ def test_gradients_add_up_over_calls():
         assert relative_error(found, doubled) < 1e-6
 
 
-def dropout_step(world_size, symmetric, options):
+KEEPS = {level: {"keep": level} for level in LEVELS} | {
+    "auto, some": {"keep": "auto", "keep_gib": 2e-4},
+    "products, some": {"keep": "products", "keep_gib": 2e-4},
+}
+
+
+def dropout_step(world_size, symmetric, keep, packing):
     """Return the cached gradient with dropout, and all that a single graph needs to repeat it."""
     rank = torch.distributed.get_rank() if world_size > 1 else 0
-    options = {"packing": "off", **options}
-    encoder = tiny_encoder(dropout=0.3, packing=options.pop("packing"))
+    encoder = tiny_encoder(dropout=0.3, packing=packing)
     loss = tiny_loss(symmetric=symmetric)
     rows = part_of_rank(NUM_PAIRS, rank, world_size)
     torch.manual_seed(100 + rank)
     state = torch.get_rng_state()
-    GradCache(encoder, loss, tokens_per_chunk=60, **options, balance=False)(
+    GradCache(encoder, loss, tokens_per_chunk=60, **KEEPS[keep], balance=False)(
         [QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows]
     )
     return gradients(encoder, loss), state.numpy(), torch.get_rng_state().numpy()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        *({"keep": keep, "packing": packing} for keep in LEVELS for packing in ("off", "on")),
-        {"keep": "auto", "keep_gib": 2e-4},
-        {"keep": "products", "keep_gib": 2e-4, "packing": "on"},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize(("world_size", "symmetric"), [(1, True), (2, False), (3, True)])
-def test_dropout_equals_one_graph_over_the_same_chunks_and_states(world_size, symmetric, options):
-    if world_size == 1:
-        results = [dropout_step(1, symmetric, options)]
-    else:
-        results = run_ranks(dropout_step, world_size, world_size, symmetric, options)
-    encoder = tiny_encoder(dropout=0.3, packing=options.get("packing", "off"))
+@combined(ranks=[1, 2, 3], symmetric=[False, True], keep=KEEPS, packing=["off", "on"])
+def test_dropout_equals_one_graph_over_the_same_chunks_and_states(ranks, symmetric, keep, packing):
+    arguments = (ranks, symmetric, keep, packing)
+    results = (
+        [dropout_step(*arguments)] if ranks == 1 else run_ranks(dropout_step, ranks, *arguments)
+    )
+    encoder = tiny_encoder(dropout=0.3, packing=packing)
     loss = tiny_loss(symmetric=symmetric)
     queries, documents = [], []
     for rank, (_, state, after) in enumerate(results):
-        rows = part_of_rank(NUM_PAIRS, rank, world_size)
+        rows = part_of_rank(NUM_PAIRS, rank, ranks)
         texts = Texts.from_lists([QUERIES[i] for i in rows] + [DOCUMENTS[i] for i in rows])
         distinct = distinct_texts(texts, len(rows))
         plan, chunks = encoder.make_chunks(distinct.texts, 60)
-        assert (chunks[0].packing is not None) == (options.get("packing") == "on")
+        assert (chunks[0].packing is not None) == (packing == "on")
         torch.set_rng_state(torch.from_numpy(state))
         embeddings = torch.cat([encoder(chunk) for chunk in chunks])
         # The generator goes on from where the first pass left it, as without a cache.

@@ -342,11 +342,26 @@ def test_all_ranks_run_equally_many_passes(options, packing):
     assert results[0][2] > results[2][2] > 0
 
 
-@pytest.mark.parametrize("name", ["fsdp", "zero1", "zero2", "zero3"])
+OPTIONS = [
+    {"keep": "layers"},
+    {"keep": "products", "packing": "on"},
+    {"keep": "auto", "keep_gib": 2e-4},
+]
+
+
+# test_fast_paths has each level under each strategy; here is what the optimizer makes of it.
 @pytest.mark.parametrize(
-    "options",
-    [{"keep": "layers"}, {"keep": "products", "packing": "on"}, {"keep": "auto", "keep_gib": 2e-4}],
-    ids=str,
+    ("name", "options"),
+    [
+        pytest.param(
+            name,
+            options,
+            id=f"{name}-{options}",
+            marks=() if number % len(OPTIONS) == place else pytest.mark.exhaustive,
+        )
+        for number, name in enumerate(("zero3", "fsdp", "zero1", "zero2"))
+        for place, options in enumerate(OPTIONS)
+    ],
 )
 def test_every_strategy_keeps(name, options):
     def on_rank():

@@ -1,11 +1,13 @@
 """Every strategy gives the numbers of ddp: gradient, clipping, steps, checkpoints, embeddings."""
 
+import itertools
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from all_pairs import by_first
 from dist import run_ranks
 from numerics.on_strategies import TOLERANCES, config_of, whole_gradients
 from numerics.reference import (
@@ -113,27 +115,29 @@ def expected_gradient():
 SPLITS = {"even": even, "uneven": uneven, "empty": empty}
 
 
-def gradients_on_rank(name, keep):
-    """Return chunks and gradients for each way to share out the batch, and each budget."""
+KEEPS, BUDGETS = ("none", "layers", "products", "all"), (30, 10**6)
+
+
+def gradients_on_rank(name, cases):
+    """Return chunks and gradients for each level, way to share out the batch, and budget."""
     found = {}
-    for split in SPLITS:
-        for budget in (30, 10**6):
-            parts = Parts(name, keep=keep, budget=budget)
-            report = parts.gradient(SPLITS[split])
-            found[split, budget] = report.num_chunks, whole_gradients(parts.strategy)
+    for keep, split, budget in cases:
+        parts = Parts(name, keep=keep, budget=budget)
+        report = parts.gradient(SPLITS[split])
+        found[keep, split, budget] = report.num_chunks, whole_gradients(parts.strategy)
     return found
 
 
-@pytest.mark.parametrize("keep", ["none", "layers", "products", "all"])
-@pytest.mark.parametrize(("name", "tolerance"), TOLERANCES.items())
-def test_gradient_is_that_of_the_full_batch(name, tolerance, keep):
+@pytest.mark.parametrize(("name", "cases"), by_first(TOLERANCES, KEEPS, SPLITS, BUDGETS))
+def test_gradient_is_that_of_the_full_batch(name, cases):
     expected = expected_gradient()
-    first, second = run_ranks(gradients_on_rank, 2, name, keep, timeout_s=120)
-    for (split, budget), (num_chunks, found) in first.items():
-        assert relative_error(found, expected) < tolerance
-        assert relative_error(second[split, budget][1], expected) < tolerance
-        chunks_differ = num_chunks != second[split, budget][0]
-        assert chunks_differ == (split == "empty" or budget == 30)
+    first, second = run_ranks(gradients_on_rank, 2, name, cases)
+    for case in cases:
+        _, split, budget = case
+        (num_chunks, found), (others_chunks, other) = first[case], second[case]
+        assert relative_error(found, expected) < TOLERANCES[name], case
+        assert relative_error(other, expected) < TOLERANCES[name], case
+        assert (num_chunks != others_chunks) == (split == "empty" or budget == 30), case
 
 
 NEGATIVES = random_texts(7, longest=20, seed=3)
@@ -205,32 +209,36 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def calls_on_rank(name, keep, budget):
-    parts = Parts(name, keep=keep, budget=budget)
-    parts.gradient(even)  # what is set up in the first step is not counted
-    parts.strategy.zero_grad()
-    with Recorder() as recorder:
-        report = parts.gradient(even)
-    return recorder.calls, report.num_chunks, parts.strategy.num_parameters
+def calls_on_rank(name):
+    found = {}
+    for keep, budget in itertools.product(("none", "all"), BUDGETS):
+        parts = Parts(name, keep=keep, budget=budget)
+        parts.gradient(even)  # what is set up in the first step is not counted
+        parts.strategy.zero_grad()
+        with Recorder() as recorder:
+            report = parts.gradient(even)
+        found[keep, budget] = recorder.calls, report.num_chunks, parts.strategy.num_parameters
+    return found
 
 
-@pytest.mark.parametrize("keep", ["none", "all"])
 @pytest.mark.parametrize("name", TOLERANCES)
-def test_one_reduction_a_step_whatever_the_number_of_chunks(name, keep):
+def test_one_reduction_a_step_whatever_the_number_of_chunks(name):
     """Each gradient is reduced once: in one collective, with fsdp in one for each of its units."""
     num_units = 3 if name == "fsdp" else 1  # two layers, and the rest
-    sizes = []
-    for budget, chunks in ((30, 5), (10**6, 1)):
-        for calls, num_chunks, num_parameters in run_ranks(calls_on_rank, 2, name, keep, budget):
-            assert num_chunks >= chunks
+    sizes = {"none": [], "all": []}
+    for found in run_ranks(calls_on_rank, 2, name):
+        for (keep, budget), (calls, num_chunks, num_parameters) in found.items():
+            assert num_chunks >= (5 if budget == 30 else 1)
             reduced = [size for call, size in calls if "reduce" in call]
             large = [size for size in reduced if size > 500]  # the others are the loss's
             assert len(large) == num_units
             alone = 0 if name == "ddp" else 1  # the temperature goes by itself
             assert sum(large) == num_parameters - alone
             assert len(reduced) - len(large) <= 5
-            sizes.append(sorted(reduced))
-    assert all(size == sizes[0] for size in sizes)
+            sizes[keep].append(sorted(reduced))
+    for of_keep in sizes.values():
+        assert len(of_keep) == 4
+        assert all(size == of_keep[0] for size in of_keep)
 
 
 def steps_on_rank(name, num_steps, options):

@@ -75,15 +75,8 @@ class Paths(NamedTuple):
     """padded, packed or compiled."""
 
 
-ALL_PATHS = [Paths(*one) for one in itertools.product(CASES, KEEPS, ("padded", "packed"))]
-# Half of them: each case at each level, and both of these in each way.
-SOME_PATHS = [
-    one
-    for one in ALL_PATHS
-    if (list(CASES).index(one.case) + list(KEEPS).index(one.keep)) % 2 == (one.how == "packed")
-]
 # Compiled layers keep all or nothing. auto chooses among these.
-COMPILED = [Paths(*one, "compiled") for one in itertools.product(CASES, ("none", "all", "auto"))]
+COMPILED_KEEPS = ("none", "all", "auto")
 
 
 class Found(NamedTuple):

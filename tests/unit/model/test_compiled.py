@@ -52,7 +52,7 @@ def graphs(monkeypatch):
     torch.compiler.reset()
 
 
-def chunks_of(encoder, *, batches=20):
+def chunks_of(encoder, *, batches=10):
     """Return the chunks of batches whose texts and budgets are all different."""
     generator = np.random.default_rng(0)
     chunks = []
