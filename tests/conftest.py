@@ -60,13 +60,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _root_logger() -> Iterator[None]:
+def _loggers() -> Iterator[None]:
     """Take away the log handlers that a test leaves (Hydra's `--info` does): they hold its stdout,
-    which is closed by then, and would fail whichever later test logs a line.
+    which is closed by then, and would fail whichever later test logs a line. Set levels back: a
+    rank other than 0 logs errors only.
     """
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    root, own = logging.getLogger(), logging.getLogger("largebatch")
+    handlers, levels = list(root.handlers), (root.level, own.level)
     yield
     for handler in [handler for handler in root.handlers if handler not in handlers]:
         root.removeHandler(handler)
-    root.setLevel(level)
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])

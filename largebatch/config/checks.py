@@ -67,10 +67,10 @@ class Faults:
     def fields(self, option: str, fields: Mapping[str, str]) -> None:
         """Note names of fields that are given for something that no record has."""
         roles = ("query", "document", "negatives", "id", "grade")
-        if unknown := sorted(set(fields) - set(roles)):
+        for name in sorted(set(fields) - set(roles)):
             self.found.append(
-                f"{option} has {unknown}; it maps {', '.join(roles[:-1])} and grade to the names "
-                f"of your fields{suggest(unknown[0], roles)}"
+                f"{option}.{name} means nothing; {option} maps {', '.join(roles[:-1])} and grade "
+                f"to the names of your fields{suggest(name, roles)}"
             )
 
     def check(self, holds: bool, message: str) -> None:

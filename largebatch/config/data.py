@@ -1,6 +1,5 @@
 """Options of the data: sources, mixture, curriculum, faults, loading."""
 
-import math
 from dataclasses import dataclass, field
 
 from largebatch.config.checks import Faults, suggest
@@ -70,7 +69,6 @@ class CurriculumConfig:
         faults.at_least(f"{key}.from_step", self.from_step, 0)
         for name, weight in self.weights.items():
             faults.at_least(f"{key}.weights.{name}", weight, 0)
-            faults.check(weight != math.inf, f"{key}.weights.{name}=inf must be a finite number")
         for side in ("query", "document"):
             if (tokens := getattr(self, f"{side}_max_tokens")) is not None:
                 faults.at_least(f"{key}.{side}_max_tokens", tokens, 4)
@@ -168,10 +166,6 @@ class DataConfig:
         return phases
 
     def _check_weights(self, faults: Faults) -> None:
-        for name, source in self.sources.items():
-            faults.check(
-                source.weight != math.inf, f"data.sources.{name}.weight=inf must be a finite number"
-            )
         without = [name for name, source in self.sources.items() if source.weight is None]
         faults.check(
             len(without) in (0, len(self.sources)),

@@ -26,7 +26,7 @@ from largebatch.data.records import (
     record_from_mapping,
     texts_of,
 )
-from largebatch.data.shards import INDEX_NAME, ShardIndex, ShardWriter
+from largebatch.data.shards import INDEX_NAME, ShardIndex, ShardWriter, UnfitRecordError
 from largebatch.errors import UserError
 
 # Reasons for leaving a row out, as they stand in index.json.
@@ -133,7 +133,7 @@ def convert(
                 extra = extra_fields(row, names, uses_source=record.source != config.source)
                 try:
                     writer.write(record._replace(source=kept_source), extra)
-                except UserError as error:  # names the record by its id, which others may have too
+                except UnfitRecordError as error:  # other records may have its id too
                     raise UserError(f"{row.where}: {error}") from None
                 ids.add(record.id)
         dropped = {reason: writer.dropped[reason] for reason in REASONS}

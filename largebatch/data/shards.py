@@ -53,6 +53,10 @@ __all__ = [
 ]
 
 
+class UnfitRecordError(UserError):
+    """A record that can't be written into a shard; the message names it by its id."""
+
+
 class ShardWriter:
     """Writes records into a folder as shards with an index; a context manager.
 
@@ -321,16 +325,16 @@ def _encode(record: Record, extra: Mapping[str, Any]) -> bytes:
         content["negatives"] = record.negatives
     content |= {"source": record.source, "id": record.id}
     if taken := (set(content) | {"negatives"}) & set(extra):
-        raise UserError(
+        raise UnfitRecordError(
             f"record {record.id!r} has further fields named {sorted(taken)}, which are taken; "
             "rename them"
         )
     try:
         data = json.dumps(content | dict(extra), ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
-        raise UserError(f"record {record.id!r} does not fit into JSON: {error}") from None
+        raise UnfitRecordError(f"record {record.id!r} does not fit into JSON: {error}") from None
     if len(data) > MAX_RECORD_BYTES:
-        raise UserError(
+        raise UnfitRecordError(
             f"record {record.id!r} takes {len(data):,} bytes; at most {MAX_RECORD_BYTES:,} are "
             "allowed; shorten its texts"
         )

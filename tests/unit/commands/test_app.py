@@ -133,7 +133,7 @@ def test_debug_is_an_option_and_a_group(trained):
         (["shard", "a.jsonl"], "for example: largebatch shard 'input=[pairs.jsonl]'"),
         (["evaluate", "model=m", "sets.a="], "sets.a is empty; name a folder"),
         (["dedup", "sources.a=x", "evaluation_sets.a="], "evaluation_sets.a is empty; name a"),
-        (["train", "pooling=null"], "pooling=null is not a choice (choices: cls, "),
+        (["train", "pooling=null"], "pooling=null is not a choice (choices: auto, cls, "),
         (["train", SOURCE, "~data.sources.its"], "has no entry 'its'; it has mine"),
         (["train", SOURCE, "~data.sources.mine.weight"], "set data.sources.mine.weight=null"),
         (["train", "optim..lr=1"], "'optim..lr' is not an option: it has an empty part"),

@@ -247,7 +247,7 @@ def test_a_choice_of_positives_that_means_nothing_is_told(tmp_path, positives, m
 
 def test_an_unknown_role_of_a_field_is_told(tmp_path):
     path = write(tmp_path / "a.jsonl", GRADED)
-    with pytest.raises(UserError, match=r"fields has \['quiry'\].*did you mean 'query'"):
+    with pytest.raises(UserError, match=r"fields\.quiry means nothing.*did you mean 'query'"):
         run(path, tmp_path / "out", fields={"quiry": "query"})
 
 

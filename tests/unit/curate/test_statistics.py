@@ -165,7 +165,7 @@ def test_the_plot_has_a_row_for_each_source_and_a_column_for_each_side(tmp_path,
 
     drawn = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda f, p: (drawn.append(f), save(f, p)))
+    monkeypatch.setattr(Figure, "savefig", lambda f, p, **how: (drawn.append(f), save(f, p, **how)))
     some, none = np.array([3, 5, 40]), np.array([], np.int32)
     rows = [
         SourceLengths("a", {"query": some, "document": some, "negative": none}),

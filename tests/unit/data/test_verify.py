@@ -174,7 +174,7 @@ def test_files_to_index_lie_in_one_folder_of_this_machine(tmp_path):
         shard_files([f"{tmp_path}/*/x.tar"])
     with pytest.raises(UserError, match="remote"):
         shard_files(["s3://bucket/x.tar"])
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="there is no such file or folder"):
         shard_files([f"{tmp_path}/y.tar"])
     with pytest.raises(UserError, match="no shards are given"):
         shard_files([])
