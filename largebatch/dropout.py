@@ -45,7 +45,8 @@ def masks_of_rank(hashes: Sequence[int], rank: int, device: torch.device) -> Ite
         yield
         return
     before = RandomState.of(device)
-    own = torch.Generator(device).manual_seed(rank_seed(hashes[rank], rank)).get_state()
+    drawn_on = device if device.type == "cuda" else "cpu"
+    own = torch.Generator(drawn_on).manual_seed(rank_seed(hashes[rank], rank)).get_state()
     started = before._replace(cpu=own) if before.cuda is None else before._replace(cuda=own)
     started.restore()
     drawn = False

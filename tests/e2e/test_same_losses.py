@@ -27,6 +27,7 @@ from largebatch.config import (
     EvalConfig,
     ObjectiveConfig,
     OptimConfig,
+    PoolingConfig,
     TextConfig,
 )
 from largebatch.data.records import Record
@@ -73,6 +74,7 @@ def config_with(data, output, *, ranks, strategy="ddp", packing="off", masks=Tru
         strategy=config_of(strategy),
         backbone=BackboneConfig(vocab_size=300, config=MODEL, packing=packing),
         text=TextConfig(query_max_tokens=12, document_max_tokens=40),
+        pooling=PoolingConfig(mode="mean"),
         optim=OptimConfig(lr=1e-2),
         objective=ObjectiveConfig(symmetric=True, mask_duplicates=masks),
         eval=EvalConfig(),

@@ -5,7 +5,10 @@ import torch
 from dist import run_ranks
 from numerics.on_strategies import config_of
 from numerics.reference import QUERIES, tiny_encoder, tiny_loss
-from torch.profiler import ProfilerActivity, profile
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from largebatch.batch import Texts
 from largebatch.config import OptimConfig
@@ -34,13 +37,37 @@ def made(name):
     return encoder, loss, strategy, chunks
 
 
+class NewStorages(TorchDispatchMode):
+    """Notes the storages that operations make. (A busy machine's profiler loses events.)"""
+
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(kind is DTensor for kind in types):
+            return NotImplemented  # it runs the operation on its own part, which is seen then
+        out = func(*args, **(kwargs or {}))
+        given = {one._cdata for one in storages((args, kwargs))}
+        for storage in storages(out):
+            if storage._cdata not in given:
+                # A weak reference keeps the address from being used again.
+                self.found[storage._cdata] = StorageWeakRef(storage)
+        return out
+
+
+def storages(tree):
+    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return [leaf.untyped_storage() for leaf in leaves if not isinstance(leaf, DTensor)]
+
+
 def allocated(function):
     """Return the bytes that a function has allocated and not freed."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with NewStorages() as new:
         function()
-    # By each allocation, for those that lie outside any operation (a shard's gathering) count too.
-    events = profiled.profiler.kineto_results.events()
-    return sum(event.nbytes() for event in events if event.name() == "[memory]")
+    left = [torch.UntypedStorage._new_with_weak_ptr(one.cdata) for one in new.found.values()]
+    # fsdp keeps its storages for gathered weights, empty.
+    return sum(storage.nbytes() for storage in left if storage is not None)
 
 
 def bytes_on_rank(name):

@@ -29,7 +29,10 @@ def inputs(tmp_path_factory):
     return folder
 
 
-TRAIN = [*TINY_MODEL, *SHORT_RUN, "logger=disabled", "logger.plots=false", "hardware.device=cpu"]
+TRAIN = [
+    *TINY_MODEL, *SHORT_RUN, "logger=disabled", "logger.plots=false", "hardware.device=cpu",
+    "hardware.threads=1",  # a forked process has no pool of threads
+]  # fmt: skip
 COMMANDS = {
     "shard": (["shard", "input=[IN/rows.jsonl]", "output_dir=OUT/new"], "new/shard-000000.tar"),
     "shard samples": (
