@@ -84,8 +84,13 @@ def read_run_details(checkpoints: Path, step: int) -> dict[str, Any]:
     """Return state.json of a run's checkpoint, as `read_details` does."""
     further: dict[str, Kind] = {"elapsed_s": (int, float), "shards": dict, "engine": dict}
     details = read_details(checkpoints, step, further=further)
-    if missing := {"tokens_per_chunk", "keep_plan"} - details["engine"].keys():
+    engine = details["engine"]
+    if missing := {"tokens_per_chunk", "keep_plan"} - engine.keys():
         raise damaged(checkpoints, step, f"engine lacks {sorted(missing)}")
+    # Older checkpoints have what is the least of all ranks, and not each one's own.
+    of_ranks = engine.setdefault("of_ranks", [dict(engine)] * details["world_size"])
+    if not isinstance(of_ranks, list) or len(of_ranks) != details["world_size"]:
+        raise damaged(checkpoints, step, "engine.of_ranks is not a list of all ranks")
     return details
 
 
