@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from largebatch.config import TrainConfig
 from largebatch.errors import UserError
+from largebatch.files import bring_back
 from largebatch.train.checkpoint import Kind, damaged, list_checkpoints, read_details
 from largebatch.train.result import is_over
 
@@ -58,13 +59,14 @@ class Progress(NamedTuple):
 
 
 def find_progress(folder: Path, config: TrainConfig) -> Progress:
-    """Look how far the run in a folder came.
+    """Look how far the run in a folder came; nobody else may write to it.
 
     Raises:
         UserError: It can't go on with this config, or its newest checkpoint is damaged.
     """
     settings = asdict(config)
     checkpoints = folder / "checkpoints"
+    bring_back(checkpoints)
     steps = list_checkpoints(checkpoints)
     elapsed_s = 0.0
     if steps:
