@@ -201,8 +201,9 @@ class StepMemory:
         less = max((self.tokens_per_chunk or 2) // 2, 1)
         return (
             f"a step ran out of memory (tokens_per_chunk={self.tokens_per_chunk}, keep={self.keep})"
-            f": use tokens_per_chunk={less}, a lower keep or keep_gib, a smaller global_batch, or "
-            "shorter texts; the same command goes on from the last checkpoint"
+            f": use tokens_per_chunk={less} or a lower keep or keep_gib, with which the same "
+            "command goes on from the last checkpoint; or, in a new run, a smaller global_batch or "
+            "shorter texts"
         )
 
 

@@ -30,9 +30,9 @@ def written_aside(path: Path) -> Iterator[Path]:
     """Give the path of a file or folder to make, which takes the place of `path` in the end.
 
     Its own folder is made. After an error, or a kill, `path` is what it was, and after an error
-    nothing else is left. Only a folder that was there can be gone after a kill: in the instant in
-    which it is replaced it stands beside; see `bring_back`. A device or a pipe, which has no place
-    to take, is written to as it is.
+    nothing else is left. A folder that a kill meets in the instant of its replacement stands beside
+    its place until `bring_back`. A device or a pipe, which has no place to take, is written to as
+    it is.
 
     Raises:
         UserError: It can't be written, on a full disk for example.
