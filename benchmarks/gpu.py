@@ -36,7 +36,6 @@ TINY = {
 class Part(NamedTuple):
     """What came of one part."""
 
-    command: list[str]
     seconds: float
     failed: bool
     text: str
@@ -87,11 +86,11 @@ def device_name(*, trial: bool) -> str:
 def run_tests(*, trial: bool) -> Part:
     """Run the suite for GPUs; in a trial those of its tests that stand in on a CPU."""
     chosen = ["tests/gpu"] if trial else ["-m", "gpu"]
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", *chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "-n", "0", *chosen]
     done, seconds = timed(command)
     lines = done.stdout.strip().splitlines()
     told = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
-    return Part(command, seconds, done.returncode != 0, fenced([*told, *lines[-1:]]))
+    return Part(seconds, done.returncode != 0, fenced([*told, *lines[-1:]]))
 
 
 def run_bench(*, trial: bool) -> Part:
@@ -132,7 +131,7 @@ def run_bench(*, trial: bool) -> Part:
         "Made-up texts, 32 and 128 tokens at most. Useful: 3 units and no padding; paid: all that "
         "was computed; of matmul: of the rate measured on the model's own shapes.",
     ])  # fmt: skip
-    return Part(command, time.perf_counter() - since, failed, text)
+    return Part(time.perf_counter() - since, failed, text)
 
 
 def bench_row(packing: str, case: dict[str, Any]) -> str:
@@ -172,7 +171,7 @@ def run_peers(*, trial: bool, gradcache: str | None) -> Part:
         done, seconds = timed(command)
         written = table.is_file()
         text = table.read_text(encoding="utf-8").strip() if written else fenced([last_line(done)])
-    return Part(command, seconds, done.returncode != 0 or not written, text)
+    return Part(seconds, done.returncode != 0 or not written, text)
 
 
 def write_pairs(file: Path, number: int) -> None:

@@ -191,13 +191,19 @@ class StepMemory:
         log.warning("out of memory: going on with tokens_per_chunk=%d", self.tokens_per_chunk)
         return True
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what it has come to on this rank, as plain numbers, for JSON."""
+        plan = None if self.keep_plan is None else self.keep_plan.to_dict()
+        return {"tokens_per_chunk": self.tokens_per_chunk, "keep": self.keep, "keep_plan": plan}
+
     def ran_out(self) -> str:
         """Return what to tell the user where memory ran out and no less can be taken."""
         less = max((self.tokens_per_chunk or 2) // 2, 1)
         return (
             f"a step ran out of memory (tokens_per_chunk={self.tokens_per_chunk}, keep={self.keep})"
-            f": use tokens_per_chunk={less}, a lower keep or keep_gib, a smaller global_batch, or "
-            "shorter texts; the same command goes on from the last checkpoint"
+            f": use tokens_per_chunk={less} or a lower keep or keep_gib, with which the same "
+            "command goes on from the last checkpoint; or, in a new run, a smaller global_batch or "
+            "shorter texts"
         )
 
 

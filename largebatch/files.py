@@ -30,7 +30,9 @@ def written_aside(path: Path) -> Iterator[Path]:
     """Give the path of a file or folder to make, which takes the place of `path` in the end.
 
     Its own folder is made. After an error, or a kill, `path` is what it was, and after an error
-    nothing else is left. A device or a pipe, which has no place to take, is written to as it is.
+    nothing else is left. A folder that a kill meets in the instant of its replacement stands beside
+    its place until `bring_back`. A device or a pipe, which has no place to take, is written to as
+    it is.
 
     Raises:
         UserError: It can't be written, on a full disk for example.
@@ -58,6 +60,16 @@ def written_aside(path: Path) -> Iterator[Path]:
         except BaseException:
             remove(aside)
             raise
+
+
+def bring_back(folder: Path) -> None:
+    """Bring back what a kill left aside in a folder, in the instant in which it was replaced."""
+    for old in folder.glob(".*.old"):
+        target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if target.exists():
+            remove(old)
+        else:
+            old.rename(target)
 
 
 def write_text(path: Path, text: str) -> None:

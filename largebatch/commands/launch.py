@@ -98,7 +98,8 @@ def prepare_rank() -> None:
     """Make Ctrl-C end this rank at once and silently, even inside a collective.
 
     It also ends when its launcher was killed, which can't pass that on: it would train on unseen,
-    and keep the run folder locked. Warnings of ours come from rank 0 alone.
+    and keep the run folder locked. Warnings of ours come from rank 0 alone, but for those of memory
+    that ran out, which is each rank's own.
     """
     if LAUNCHED in os.environ:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -112,6 +113,7 @@ def prepare_rank() -> None:
         atexit.register(over.set)  # the last one registered is called first
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("largebatch").setLevel(logging.ERROR)
+        logging.getLogger("largebatch.budget").setLevel(logging.WARNING)
 
 
 def _end_with(launcher: int, over: threading.Event) -> None:

@@ -447,7 +447,7 @@ class Encoder(nn.Module):
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{self.device} has too little memory to encode {tokens_per_chunk} tokens at once; "
-                "lower tokens_per_chunk (batch_tokens of the commands, eval.batch_tokens of train)"
+                "lower batch_tokens (in train: eval.batch_tokens; of Encoder: tokens_per_chunk)"
             ) from error
         finally:
             self.train(was_training)

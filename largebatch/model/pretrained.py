@@ -1,7 +1,8 @@
 """Models and tokenizers from folders, the hub or a config, with errors that one can act on."""
 
+import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ def load_backbone(name: str, *, attention: str) -> nn.Module:
     """Load a pre-trained transformers model in float32.
 
     Raises:
-        UserError: There is no such model, it has no safetensors that can be read, or it is of a
-            kind that can't be trained here.
+        UserError: There is no such model, it has no safetensors that can be read or they lack
+            weights, or it is of a kind that can't be trained here.
     """
     from transformers import AutoConfig, AutoModel
 
@@ -29,15 +30,18 @@ def load_backbone(name: str, *, attention: str) -> nn.Module:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         _prepare(config)
         with quiet_transformers():
-            model = AutoModel.from_pretrained(
+            model, loading = AutoModel.from_pretrained(
                 name,
+                output_loading_info=True,
                 config=config,
                 use_safetensors=True,
                 trust_remote_code=False,
                 dtype=torch.float32,
                 attn_implementation=_usable_attention(config, attention),
             )
-    return _finished(model)
+    backbone = _finished(model)
+    _check_complete(name, backbone, loading["missing_keys"])
+    return backbone
 
 
 def backbone_from_config(folder: Path, *, attention: str) -> nn.Module:
@@ -193,6 +197,23 @@ def _finished(model: nn.Module) -> nn.Module:
     if isinstance(pooler := getattr(model, "pooler", None), nn.Module):
         pooler.requires_grad_(False)
     return model
+
+
+def _check_complete(name: str, model: nn.Module, missing: Collection[str]) -> None:
+    """Check that no weight that an embedding depends on was missing: transformers draws those.
+
+    Weights that the model has no place for, such as a head for masked words, are fine.
+    """
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        return  # It is refused for what it is (see probe.py): only its encoder may be here.
+    needed = [key for key, weight in model.named_parameters() if weight.requires_grad]
+    if lacking := [key for key in needed if key in missing]:
+        shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        raise UserError(
+            f"the weights of {name!r} lack {len(lacking)} of the {len(needed)} that its "
+            f"config.json asks for ({shown}), which would be random; take a whole copy, or the "
+            "config.json that belongs to them"
+        )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 from largebatch.errors import UserError
 from largebatch.evaluate.beir import RetrievalSet, load_retrieval_set
 from largebatch.evaluate.retrieval import evaluate_encoder
+from largebatch.out_of_memory import ends_with
 from largebatch.parallel.strategy import Strategy
 
 
@@ -38,9 +39,21 @@ class Evaluation:
         self.tokens_per_chunk = tokens_per_chunk
 
     def score(self, retrieval_set: RetrievalSet) -> dict[str, float]:
-        """Return the scores, on every rank; all ranks must call it."""
+        """Return the scores, on every rank; all ranks must call it.
+
+        Raises:
+            UserError: An embedding is not finite, or memory runs out.
+        """
+
+        def ran_out() -> str:
+            return (
+                f"scoring {retrieval_set.name} ran out of memory: lower eval.batch_tokens="
+                f"{self.tokens_per_chunk}, or take the set out of eval.dev and eval.test and score "
+                "the exported model by largebatch evaluate"
+            )
+
         # A rank's number of chunks is its own, so it must not wait for others' shares of weights.
-        with self.strategy.whole() as encoder:
+        with ends_with(ran_out), self.strategy.whole() as encoder:
             return evaluate_encoder(
                 encoder,
                 retrieval_set,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from largebatch.config import TrainConfig
 from largebatch.errors import UserError
+from largebatch.files import bring_back
 from largebatch.train.checkpoint import Kind, damaged, list_checkpoints, read_details
 from largebatch.train.result import is_over
 
@@ -58,13 +59,14 @@ class Progress(NamedTuple):
 
 
 def find_progress(folder: Path, config: TrainConfig) -> Progress:
-    """Look how far the run in a folder came.
+    """Look how far the run in a folder came; nobody else may write to it.
 
     Raises:
         UserError: It can't go on with this config, or its newest checkpoint is damaged.
     """
     settings = asdict(config)
     checkpoints = folder / "checkpoints"
+    bring_back(checkpoints)
     steps = list_checkpoints(checkpoints)
     elapsed_s = 0.0
     if steps:
@@ -84,8 +86,13 @@ def read_run_details(checkpoints: Path, step: int) -> dict[str, Any]:
     """Return state.json of a run's checkpoint, as `read_details` does."""
     further: dict[str, Kind] = {"elapsed_s": (int, float), "shards": dict, "engine": dict}
     details = read_details(checkpoints, step, further=further)
-    if missing := {"tokens_per_chunk", "keep_plan"} - details["engine"].keys():
+    engine = details["engine"]
+    if missing := {"tokens_per_chunk", "keep_plan"} - engine.keys():
         raise damaged(checkpoints, step, f"engine lacks {sorted(missing)}")
+    # Older checkpoints have what is the least of all ranks, and not each one's own.
+    of_ranks = engine.setdefault("of_ranks", [dict(engine)] * details["world_size"])
+    if not isinstance(of_ranks, list) or len(of_ranks) != details["world_size"]:
+        raise damaged(checkpoints, step, "engine.of_ranks is not a list of all ranks")
     return details
 
 

@@ -132,13 +132,21 @@ class _Run:
         else:
             torch.manual_seed(rank_seed(self.config.seed, self.world.rank, self.first_step))
         self.best = load_best(self.checkpoints)
-        # What was measured, or halved, is used again: the run goes on with the same numbers.
-        engine, before = details["engine"], details["config"]
+        self._restore_memory(details)
+
+    def _restore_memory(self, details: dict[str, Any]) -> None:
+        """Use again what was measured or halved: the run goes on with the same numbers."""
+        engine, before, memory = details["engine"], details["config"], self.grad_cache.memory
+        # Each rank's own, for the same chunks draw the same masks. Where ranks must run alike they
+        # have had the same; a run of another strategy may not.
+        if details["world_size"] == self.world.size and not self.strategy.equal_chunks:
+            engine = engine["of_ranks"][self.world.rank]
         if self.is_trained or before.get("tokens_per_chunk") == self.config.tokens_per_chunk:
-            self.grad_cache.memory.tokens_per_chunk = engine["tokens_per_chunk"]
-        same = all(before.get(name) == getattr(self.config, name) for name in ("keep", "keep_gib"))
-        if same and engine["keep_plan"] is not None:
-            self.grad_cache.memory.keep_plan = KeepPlan.from_dict(engine["keep_plan"])
+            memory.tokens_per_chunk = engine["tokens_per_chunk"]
+        if all(before.get(name) == getattr(self.config, name) for name in ("keep", "keep_gib")):
+            memory.keep = engine.get("keep", memory.keep)
+            if engine["keep_plan"] is not None:
+                memory.keep_plan = KeepPlan.from_dict(engine["keep_plan"])
 
     def start(self) -> None:
         """Train from where the run stands to its last step, then score and export the model."""
@@ -327,12 +335,17 @@ class _Run:
             print_lines([f"tokens_per_chunk: {chosen:,} was the fastest"])
 
     def _engine(self) -> dict[str, Any]:
-        """Return what was measured or halved; the least of all ranks, which all must call."""
-        plan = self.grad_cache.memory.keep_plan
-        assert self.grad_cache.memory.tokens_per_chunk is not None
+        """Return what was measured or halved, the least of all ranks and each one's own.
+
+        All ranks must call it.
+        """
+        memory = self.grad_cache.memory
+        assert memory.tokens_per_chunk is not None
+        plan = memory.keep_plan
         return {
-            "tokens_per_chunk": -self.collectives.highest(-self.grad_cache.memory.tokens_per_chunk),
-            "keep_plan": None if plan is None else plan.to_dict(),
+            "tokens_per_chunk": -self.collectives.highest(-memory.tokens_per_chunk),
+            "keep_plan": None if plan is None else plan.agreed(self.collectives).to_dict(),
+            "of_ranks": self.collectives.gather_objects(memory.to_dict()),
         }
 
     def _log(self, step: int, values: dict[str, float]) -> None:

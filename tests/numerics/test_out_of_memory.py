@@ -1,6 +1,7 @@
 """Memory that runs out in a step: it goes on with less, and its gradient stays right."""
 
 import json
+import os
 import shutil
 from contextlib import contextmanager
 
@@ -19,7 +20,16 @@ from numerics.reference import (
     tiny_encoder,
     tiny_loss,
 )
-from numerics.tiny_run import STEPS, STOP, tiny_config, write_data
+from numerics.test_resume_exact import stopped_copy
+from numerics.tiny_run import (
+    STEPS,
+    STOP,
+    same,
+    tensors,
+    tiny_config,
+    train_on_ranks,
+    write_data,
+)
 
 import largebatch.passes
 from largebatch.config import OptimConfig
@@ -254,3 +264,43 @@ def test_a_resumed_run_goes_on_with_the_smaller_chunks(tmp_path):
     assert train("run", STEPS) <= 30
     # Another number in the config is the user's answer.
     assert 30 < train("other", STEPS, tokens_per_chunk=50) <= 50
+
+
+def train_short_of_memory(config):
+    """Train; rank 1 runs out of memory once, at its second chunk."""
+    num_calls = 0
+
+    def embed(forward, chunk, level):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2 and os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError
+        return embed_keeping(forward, chunk, level)
+
+    largebatch.passes.embed_keeping = embed
+    trainer.train(config)
+
+
+@pytest.mark.parametrize(
+    "options", [{"keep": "none"}, {"keep": "all"}, {"keep": "layers", "keep_gib": 1}], ids=str
+)
+def test_a_resumed_run_goes_on_with_what_each_rank_has_come_to(tmp_path, options):
+    """Or else its chunks would draw other masks, or its gradients be added up in another order."""
+    data = write_data(tmp_path)
+    config = tiny_config(data, tmp_path / "run", **options)
+    run_ranks(train_short_of_memory, 2, config, init_group=False)
+    copy = stopped_copy(tmp_path / "run", tmp_path / "copy")
+    state = copy / "checkpoints" / f"step_{STOP:08d}" / "state.json"
+    first, second = json.loads(state.read_text())["engine"]["of_ranks"]
+    assert first != second
+    train_on_ranks(tiny_config(data, copy, **options), 2)
+    assert same(tensors(copy), tensors(tmp_path / "run"))
+
+
+def test_a_run_of_other_ranks_goes_on_with_the_least_of_all(tmp_path):
+    data = write_data(tmp_path)
+    config = tiny_config(data, tmp_path / "run")
+    run_ranks(train_short_of_memory, 2, config, init_group=False)
+    copy = stopped_copy(tmp_path / "run", tmp_path / "copy")
+    config = tiny_config(data, copy)
+    assert run_ranks(largest_chunk, 1, config, 10**6, init_group=False)[0] <= 30

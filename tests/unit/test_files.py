@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 from filelock import Timeout
 
+from largebatch import files
 from largebatch.errors import UserError
-from largebatch.files import full_disk, reserve, write_array, write_text, writing, written_aside
+from largebatch.files import (
+    bring_back,
+    full_disk,
+    reserve,
+    write_array,
+    write_text,
+    writing,
+    written_aside,
+)
 
 
 def contents(folder):
@@ -56,6 +65,39 @@ def test_what_a_kill_left_is_in_nobodys_way(tmp_path):
     (tmp_path / ".file.partial" / "x").write_text("torn")
     write_text(tmp_path / "file", "whole")
     assert contents(tmp_path) == {"file": "whole"}
+
+
+def write_part(folder, text):
+    with written_aside(folder) as aside:
+        aside.mkdir()
+        (aside / "part").write_text(text)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_that_a_kill_left_aside_is_brought_back(tmp_path, monkeypatch, replaced):
+    folder = tmp_path / "folder"
+    write_part(folder, "old")
+    killed = KeyboardInterrupt()  # stands in for a kill: whatever is called next does not run
+    plain = Path.replace
+
+    def replace(path, target):
+        if replaced:
+            plain(path, target)
+        monkeypatch.setattr(Path, "rename", raises)
+        monkeypatch.setattr(files, "remove", raises)
+        raise killed
+
+    def raises(*_):
+        raise killed
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        write_part(folder, "new")
+    monkeypatch.undo()
+    assert (tmp_path / ".folder.old" / "part").read_text() == "old"
+    bring_back(tmp_path)
+    assert (folder / "part").read_text() == ("new" if replaced else "old")
+    assert not (tmp_path / ".folder.old").exists()
 
 
 def test_a_link_stays_one(tmp_path):

@@ -1,6 +1,7 @@
 """Ranks end together, within seconds, and their failure is one line."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,8 +13,9 @@ import psutil
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from largebatch.budget import StepMemory
 from largebatch.commands.failures import RanksFailed
-from largebatch.commands.launch import first_failure, launch
+from largebatch.commands.launch import first_failure, launch, prepare_rank
 
 PREAMBLE = """
 import os, pathlib, signal, sys, time
@@ -66,6 +68,22 @@ def failure_of(arguments: list[str], tmp_path, ranks: int = 2) -> RanksFailed:
 def assert_ended(tmp_path, ranks: int = 2) -> None:
     for rank in range(ranks):
         assert not psutil.pid_exists(int((tmp_path / f"pid{rank}").read_text()))
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_only_memory_is_told_by_each_rank(monkeypatch, caplog, rank):
+    monkeypatch.setenv("RANK", rank)
+    loggers = [logging.getLogger(name) for name in ("largebatch", "largebatch.budget")]
+    levels = [logger.level for logger in loggers]
+    try:
+        prepare_rank()
+        StepMemory(64, "none", None).take_less([("none", 64)], most_texts=2)
+        logging.getLogger("largebatch.model.settings").warning("of rank 0")
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    expected = ["out of memory: going on with tokens_per_chunk=32"]
+    assert caplog.messages == expected + ["of rank 0"] * (rank == "0")
 
 
 def test_all_ranks_run_with_the_environment_of_torchrun(worker, tmp_path, monkeypatch):

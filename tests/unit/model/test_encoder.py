@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from numerics.reference import WORDS, tiny_encoder
+from safetensors.torch import load_file, save_file
 
 from largebatch.batch import Texts
 from largebatch.data.chunks import pad_chunks, plan_chunks
@@ -286,6 +288,40 @@ def test_a_folder_that_cannot_be_loaded(tmp_path, break_it, message):
     with pytest.raises(UserError, match=message) as caught:
         Encoder.from_pretrained(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        (
+            "encoder.layer.1.",
+            r"lack 16 of the 37 .*\(encoder\.layer\.1\.attention\.[^,]*, .*\.\.\.\)",
+        ),
+        ("embeddings.LayerNorm.bias", r"lack 1 of the 37 .*\(embeddings\.LayerNorm\.bias\)"),
+    ],
+)
+def test_weights_that_a_folder_lacks_are_told(tmp_path, lost, told):
+    encoder().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = {key: value for key, value in load_file(file).items() if not key.startswith(lost)}
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match=told) as caught:
+        Encoder.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_beside_the_backbone_and_a_pooler_that_is_not_there_are_fine(tmp_path):
+    """As in checkpoints of masked language models, BERT's own among them."""
+    model = encoder()
+    model.save_pretrained(tmp_path)
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    masked = transformers.BertForMaskedLM(config)
+    masked.bert.load_state_dict(model.backbone.state_dict(), strict=False)
+    masked.save_pretrained(tmp_path)
+    again = Encoder.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
 
 
 def test_a_module_that_is_not_known(tmp_path):

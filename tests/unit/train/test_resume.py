@@ -17,7 +17,8 @@ from largebatch.config import (
     TrainConfig,
 )
 from largebatch.errors import UserError
-from largebatch.train.resume import check_same_run
+from largebatch.train.checkpoint import FORMAT, checkpoint_path
+from largebatch.train.resume import check_same_run, read_run_details
 
 SOURCES = {"mine": SourceConfig(urls=["shards"])}
 CONFIG = TrainConfig(data=DataConfig(sources=SOURCES))
@@ -94,3 +95,27 @@ def test_a_run_from_before_an_option_goes_on_with_it():
         check_same_run(saved, asdict(now), folder="runs/x")
     with pytest.raises(UserError, match=r"data\.sources\.mine\.mask_same_id: False -> True"):
         check(now)
+
+
+def read(folder, engine):
+    """Write state.json of two ranks' checkpoint, and read it."""
+    path = checkpoint_path(folder, 3) / "state.json"
+    path.parent.mkdir()
+    content = {
+        "format": FORMAT, "step": 3, "world_size": 2, "best": None, "config": {},
+        "elapsed_s": 1.0, "shards": {}, "engine": engine,
+    }  # fmt: skip
+    path.write_text(json.dumps(content))
+    return read_run_details(folder, 3)["engine"]
+
+
+def test_a_checkpoint_from_before_each_rank_had_its_own_numbers(tmp_path):
+    least = {"tokens_per_chunk": 64, "keep_plan": None}
+    assert read(tmp_path, least)["of_ranks"] == [least, least]
+
+
+@pytest.mark.parametrize("of_ranks", [[], [{}] * 3, {}, None])
+def test_numbers_of_other_ranks_than_there_were(tmp_path, of_ranks):
+    engine = {"tokens_per_chunk": 64, "keep_plan": None, "of_ranks": of_ranks}
+    with pytest.raises(UserError, match=r"is damaged: engine\.of_ranks is not a list of all ranks"):
+        read(tmp_path, engine)

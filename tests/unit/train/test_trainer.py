@@ -75,6 +75,14 @@ def test_a_finished_run_trains_nothing_and_stays_as_it_is(data, copy, world_size
     assert files(copy) == before
 
 
+def test_a_checkpoint_that_a_kill_left_aside_is_brought_back(data, copy):
+    before = files(copy)
+    last = checkpoint_path(copy / "checkpoints", STEPS)
+    last.rename(last.with_name(f".{last.name}.old"))
+    run_ranks(train_without_steps, 1, tiny_config(data, copy), init_group=False)
+    assert files(copy) == before
+
+
 def test_a_finished_run_whose_result_was_lost_is_only_scored_and_exported(data, whole, copy):
     shutil.rmtree(copy / "model")
     run_ranks(train_without_steps, 1, tiny_config(data, copy), init_group=False)
