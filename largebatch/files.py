@@ -19,8 +19,8 @@ _CURES = {
     errno.EDQUOT: "free some of your quota, or choose a folder on another disk",
     errno.EFBIG: "raise the limit (`ulimit -f`), or choose a folder on another file system",
     errno.EROFS: "choose a folder that can be written to",
-    errno.EACCES: "choose a folder that you may write to",
-    errno.EPERM: "choose a folder that you may write to",
+    errno.EACCES: "choose a folder to which you have access",
+    errno.EPERM: "choose a folder to which you have access",
     errno.EIO: "look after the disk, or choose a folder on another one",
 }
 
@@ -29,8 +29,10 @@ _CURES = {
 def written_aside(path: Path) -> Iterator[Path]:
     """Give the path of a file or folder to make, which takes the place of `path` in the end.
 
-    Its own folder is made. After an error, or a kill, `path` is what it was, and after an error
-    nothing else is left. A device or a pipe, which has no place to take, is written to as it is.
+    The folder around it is made. After an error, or a kill, `path` is what it was, and after an
+    error nothing else is left. (A kill in the instant in which one folder replaces another leaves
+    the old one as `.NAME.old` and the whole new one as `.NAME.partial`.) A device or a pipe, which
+    has no place to take, is written to as it is.
 
     Raises:
         UserError: It can't be written, on a full disk for example.
