@@ -234,7 +234,8 @@ class EncodeConfig:
     model: str = ""
     """Exported model (a sentence-transformers folder) or hub name."""
     input: list[str] = field(default_factory=list)
-    """One or a list of .txt files (a text a line; also .gz or .zst), or of what `shard` takes."""
+    """One or a list of .txt files (a text a line; also .gz or .zst; globs allowed), or of what
+    `shard` takes."""
     output: str = "embeddings.npy"
     """Gets float32 [number of texts, width], in the order of the input."""
     side: str = "document"

@@ -136,11 +136,12 @@ class ShardWriter:
 
     def _leave(self) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)
-        self._lock.release()
+        # Before the lock is released: another process may take it at once.
         if self._is_new and not (self.folder / INDEX_NAME).exists():
             with suppress(OSError):  # it holds something, then
                 (self.folder / ".lock").unlink(missing_ok=True)
                 self.folder.rmdir()
+        self._lock.release()
 
     def _find_replaced(self) -> list[Path]:
         has_index = (self.folder / INDEX_NAME).exists()
