@@ -36,7 +36,6 @@ a record only if that field says yes, or nothing. `fields` may name the one fiel
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
 from typing import Any, NamedTuple
 
 from largebatch.config import suggest
@@ -347,7 +346,10 @@ def _not_text(value: Any, field: str) -> DataError:
 
 def _graded(name: str, value: Any) -> DataError:
     shown = repr(value)
-    is_scaled = isinstance(value, float | Decimal) and value % 1 != 0
+    try:
+        is_scaled = float(value) % 1 != 0  # a text too: a csv file holds nothing else
+    except (TypeError, ValueError):
+        is_scaled = False
     wanted = "'>=NUMBER'" if is_scaled else "VALUE"
     # A name with a space or a dot can stand in braces only.
     choice = (
