@@ -177,7 +177,7 @@ def _is_positive(row: Row, positives: Mapping[str, str]) -> bool:
                 return False
             continue
         try:
-            number = math.nan if value is None else float(value)
+            number = math.nan if value in (None, "") else float(value)
         except (TypeError, ValueError):
             raise UserError(
                 f"{row.where}: field {name!r} is {value!r} and no number, which "

@@ -245,6 +245,15 @@ def test_a_choice_of_positives_that_means_nothing_is_told(tmp_path, positives, m
         run(path, tmp_path / "out", positives=positives)
 
 
+def test_a_score_that_is_not_there_reaches_no_bound(tmp_path):
+    (tmp_path / "a.csv").write_text("query,document,score\na,b,0.9\nc,d,\n")
+    counts = run(tmp_path / "a.csv", tmp_path / "csv", positives={"score": ">=0.8"})
+    assert (counts.written, counts.dropped["no_positive"]) == (1, 1)
+    rows = [{"query": "a", "document": "b", "score": score} for score in (0.9, None)]
+    counts = run(write(tmp_path / "a.jsonl", rows), tmp_path / "out", positives={"score": ">=0.8"})
+    assert (counts.written, counts.dropped["no_positive"]) == (1, 1)
+
+
 @pytest.mark.parametrize("name", ["is_duplicate", "relevance", "cosine_similarity", "isDuplicate"])
 @pytest.mark.parametrize(
     "options", [{"positives": {"NAME": "0"}}, {"fields": {"grade": "none"}}], ids=str
