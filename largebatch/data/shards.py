@@ -50,6 +50,7 @@ __all__ = [
     "ShardWriter",
     "find_files",
     "resolve_source",
+    "shard_names",
 ]
 
 
@@ -210,6 +211,15 @@ def resolve_source(
     if not found:
         raise UserError("no shards: no urls are given; name folders with an index.json")
     return list(found.items())
+
+
+def shard_names(shards: Sequence[tuple[str, Shard]]) -> list[str]:
+    """Return what the shards of a source are called in the ids of records without one.
+
+    It is the file's name, or the url where shards of several folders have the same.
+    """
+    files = [shard.file for _, shard in shards]
+    return files if len(set(files)) == len(files) else [url for url, _ in shards]
 
 
 def find_files(url: str) -> list[str]:
