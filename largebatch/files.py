@@ -161,4 +161,6 @@ def _is_elsewhere(error: Exception, path: Path) -> bool:
     name = getattr(error, "filename", None)
     if not isinstance(name, str):
         return False
-    return not Path(name).resolve().is_relative_to(path.resolve().parent)
+    named, folder = Path(name).resolve(), path.resolve().parent
+    # A folder above it that can't be made is about it too.
+    return not (named.is_relative_to(folder) or folder.is_relative_to(named))
