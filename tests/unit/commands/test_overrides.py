@@ -251,10 +251,10 @@ def test_an_entry_without_a_name(command, wrong, cure):
 
 
 def test_a_name_with_a_dot():
-    with pytest.raises(UserError, match=r"\+data.sources=\{v1.0: \{urls: ...\}\}"):
+    with pytest.raises(UserError, match=r'"\+data.sources=\{v1.0: \{urls: ...\}\}"'):
         config_of("train", "data.sources.v1.0.urls=sh")
     assert list(config_of("train", "+data.sources={v1.0: {urls: sh}}").data.sources) == ["v1.0"]
-    with pytest.raises(UserError, match=r"\+eval.dev=\{v1.0: ...\}"):
+    with pytest.raises(UserError, match=r'"\+eval.dev=\{v1.0: ...\}"'):
         config_of("train", SOURCE, "eval.dev.v1.0=x")
     with pytest.raises(UserError, match=r"100000.0 was read as a number; .* eval.dev.NAME"):
         config_of("train", SOURCE, "eval.dev={1e5: x}")
