@@ -19,8 +19,8 @@ _CURES = {
     errno.EDQUOT: "free some of your quota, or choose a folder on another disk",
     errno.EFBIG: "raise the limit (`ulimit -f`), or choose a folder on another file system",
     errno.EROFS: "choose a folder that can be written to",
-    errno.EACCES: "choose a folder that you may write to",
-    errno.EPERM: "choose a folder that you may write to",
+    errno.EACCES: "choose a folder to which you have access",
+    errno.EPERM: "choose a folder to which you have access",
     errno.EIO: "look after the disk, or choose a folder on another one",
 }
 
@@ -29,10 +29,10 @@ _CURES = {
 def written_aside(path: Path) -> Iterator[Path]:
     """Give the path of a file or folder to make, which takes the place of `path` in the end.
 
-    Its own folder is made. After an error, or a kill, `path` is what it was, and after an error
-    nothing else is left. A folder that a kill meets in the instant of its replacement stands beside
-    its place until `bring_back`. A device or a pipe, which has no place to take, is written to as
-    it is.
+    The folder around it is made. After an error, or a kill, `path` is what it was, and after an
+    error nothing else is left. A folder that a kill meets in the instant of its replacement stands
+    beside its place, as `.NAME.old`, until `bring_back`. A device or a pipe, which has no place to
+    take, is written to as it is.
 
     Raises:
         UserError: It can't be written, on a full disk for example.
@@ -171,4 +171,6 @@ def _is_elsewhere(error: Exception, path: Path) -> bool:
     name = getattr(error, "filename", None)
     if not isinstance(name, str):
         return False
-    return not Path(name).resolve().is_relative_to(path.resolve().parent)
+    named, folder = Path(name).resolve(), path.resolve().parent
+    # A folder above it that can't be made is about it too.
+    return not (named.is_relative_to(folder) or folder.is_relative_to(named))

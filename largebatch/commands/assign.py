@@ -57,13 +57,24 @@ def _type_inside(annotation: Any, name: str) -> Any:
     return typing.get_args(annotation)[1]
 
 
-def _make_room(node: Any, part: str, annotation: Any, key: str) -> None:
-    """Make the entry that a longer key leads through, unless it is there."""
-    present = node.get(part)
+def _make_room(node: Any, name: str | int, annotation: Any, key: str) -> None:
+    """Make an entry that something is set in, unless it is there; of a reference, a copy.
+
+    Raises:
+        UserError: Nothing can be set in what is there.
+    """
+    present = node.get(name)
     if isinstance(present, ListConfig):
         raise UserError(f"{key} is a list, so set it whole: {key}=[...]")
-    if not isinstance(present, DictConfig):
-        node[part] = {} if annotation is Any else OmegaConf.structured(annotation)
+    if isinstance(present, DictConfig):
+        if OmegaConf.is_interpolation(node, name):
+            node[name] = present  # assigning copies: what it refers to stays as it is
+    elif annotation is Any:
+        node[name] = {}
+    elif present is None and dataclasses.is_dataclass(annotation):
+        node[name] = OmegaConf.structured(annotation)
+    else:
+        raise _wrong(annotation, present, key)
 
 
 def _remove(node: Any, name: str, annotation: Any, override: Override) -> None:
@@ -111,8 +122,8 @@ class _Value:
     ) -> None:
         if not isinstance(value, dict):
             raise _wrong(annotation, value, key)
-        if isinstance(node, DictConfig) and name not in node:
-            node[name] = OmegaConf.structured(annotation)
+        if isinstance(node, DictConfig):
+            _make_room(node, name, annotation, key)
         hints = typing.get_type_hints(annotation)
         for option, inner in value.items():
             if option not in hints:
@@ -127,7 +138,9 @@ class _Value:
                 f"{key}={show_value(value)} must be {describe_value(annotation)}"
                 + _as_entry(annotation, value, key)
             )
-        if not self._adds:
+        if self._adds:
+            _make_room(node, name, annotation, key)
+        else:
             node[name] = {}
         cure = f"for an entry of that name, write {key}.NAME=..."
         for entry, inner in value.items():

@@ -22,7 +22,7 @@ from largebatch.config import SourceConfig, TrainConfig
 from largebatch.config.bench import SYNTHETIC, BenchConfig, Case
 from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
-from largebatch.files import write_text
+from largebatch.files import write_text, writing
 
 if TYPE_CHECKING:
     from largebatch.bench.report import Row
@@ -146,11 +146,9 @@ class _Sweep:
     def begin(self) -> None:
         """Make the folders, and the texts if they are made up."""
         config = self.config
-        try:
-            shutil.rmtree(self.work, ignore_errors=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+        with writing(self.work):
             self.work.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"bench_dir={self.folder} can't be made: {error.strerror}") from None
         if config.synthetic:
             from largebatch.bench.synthetic import write_synthetic_shards
 

@@ -46,7 +46,10 @@ def _compose(presets: Presets, overrides: Sequence[str], *, with_hydra: bool) ->
     # Names were checked; entries of mappings may be new.
     OmegaConf.set_struct(config, False)
     for override in checked.options:
-        assign(config, command.config_class, override)
+        try:
+            assign(config, command.config_class, override)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{override.input_line}: {_explain_reference(error)}") from error
     OmegaConf.set_struct(config, True)
     own = {name: node for name, node in config.items_ex(resolve=False) if name != "hydra"}
     if any(
@@ -109,24 +112,33 @@ def build(config: DictConfig) -> Any:
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise UserError("; ".join(f"{key} is not set; add {key}=..." for key in missing))
     faults: list[str] = []
-    built = _build(config, faults)  # reading an option gives what its reference stands for
+    # Reading an option gives what its reference stands for.
+    built = _build(config, OmegaConf.get_type(config), "", faults)
     if faults:
         raise UserError("; ".join(faults))
     return built
 
 
-def _build(node: Any, faults: list[str]) -> Any:
+def _build(node: Any, annotation: Any, key: str, faults: list[str]) -> Any:
+    """Turn a node into what `annotation` says, and note what is wrong with its options."""
+    _check_kind(node, annotation, key)
+    of_entry = (typing.get_args(annotation) or (Any,))[-1]
     if isinstance(node, ListConfig):
         # By number: what iterates over a list of unions gives their nodes, not their values.
-        return [_build(node[number], faults) for number in range(len(node))]
+        numbers = range(len(node))
+        return [_build(node[number], of_entry, f"{key}[{number}]", faults) for number in numbers]
     if not isinstance(node, DictConfig):
         return node
-    kind = OmegaConf.get_type(node)
-    entries = {str(name): _build(value, faults) for name, value in node.items()}
-    if not dataclasses.is_dataclass(kind):
+    is_group = dataclasses.is_dataclass(annotation)
+    hints = typing.get_type_hints(annotation) if is_group else {}
+    entries = {}
+    for name, value in ((str(name), value) for name, value in node.items()):
+        inner = f"{key}.{name}" if key else name
+        entries[name] = _build(value, hints.get(name, of_entry), inner, faults)
+    if not is_group:
         return entries
     # Made by hand, because __init__ would stop at the first fault of the innermost part.
-    built = object.__new__(typing.cast("type[Any]", kind))
+    built = object.__new__(annotation)
     vars(built).update(entries)
     if hasattr(built, "__post_init__"):
         try:
@@ -134,6 +146,20 @@ def _build(node: Any, faults: list[str]) -> Any:
         except UserError as error:
             faults.append(str(error))
     return built
+
+
+def _check_kind(value: Any, annotation: Any, key: str) -> None:
+    """Check that a value is a list, mapping or group where it must be: references may be anything.
+
+    Of plain values OmegaConf sees to that itself.
+    """
+    if dataclasses.is_dataclass(annotation):
+        is_right = OmegaConf.get_type(value) is annotation
+    else:
+        kinds = {list: ListConfig, dict: DictConfig}
+        is_right = isinstance(value, kinds.get(typing.get_origin(annotation), object))
+    if not is_right:
+        raise UserError(f"{key} must be {describe_value(annotation)}, and what it refers to is not")
 
 
 def _explain(config_class: type[Any], error: HydraException) -> str:

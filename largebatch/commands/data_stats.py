@@ -27,8 +27,7 @@ from largebatch.curate.statistics import (
     source_shares,
 )
 from largebatch.data.ids import RepeatedIds, tell_repeated
-from largebatch.errors import UserError
-from largebatch.files import write_text
+from largebatch.files import write_text, writing
 from largebatch.train.build import text_phases
 
 EXAMPLE_CHARS = 160
@@ -44,10 +43,8 @@ def run(config: DataStatsConfig) -> None:
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     data = open_run_data(config)
     folder = Path(config.stats_dir)
-    try:
+    with writing(folder):  # before the sources are read, which may take long
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"stats_dir={folder} can't be made: {error.strerror}") from None
     for note in data.notes:
         console.print(f"note: {note}")
     shares = source_shares(data.sources, data.schedule, data.num_steps)

@@ -1,11 +1,11 @@
 """`largebatch encode`: the texts of a file become a matrix of embeddings."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from largebatch.config import EncodeConfig
-from largebatch.curate.rows import find_inputs, read_rows
+from largebatch.curate.rows import expand, find_inputs, read_rows
 from largebatch.data.files import KINDS, KNOWN, numbered_lines, split_ending
 from largebatch.errors import UserError
 from largebatch.evaluate.beir import text_of
@@ -39,34 +39,37 @@ def read_texts(path: Path, *, field: str) -> list[str]:
     """Return the lines of a text file, empty ones too, or a field of the rows of another input.
 
     Args:
-        path: A .txt file, which may be compressed (.gz, .zst), or what `largebatch shard` reads.
+        path: A .txt file, which may be compressed (.gz, .zst), or what `largebatch shard` reads;
+            or a glob of them.
         field: Field of a row that holds the text.
 
     Raises:
         UserError: The input is missing, empty, of an unknown kind or not UTF-8, or a row lacks the
             field.
     """
-    ending = split_ending(path)[1]
-    if path.is_file() and ending not in (".txt", *KINDS):
-        raise UserError(
-            f"input={str(path)!r} is of an unknown kind; known are .txt (a text a line), "
-            f"{', '.join(KNOWN)}"
-        )
-    if path.is_file() and ending == ".txt":
-        texts = [line for _, line in numbered_lines(path)]
-    else:
-
-        def needed(names: Sequence[str]) -> Collection[str]:
-            return {field}.intersection(names)
-
-        texts = [
-            text_of(row.fields, field, where=row.where)
-            for source in find_inputs([str(path)])
-            for row in read_rows(source, split="train", needed=needed)
-        ]
+    texts = [text for match in expand(str(path)) for text in _texts_of(match, field)]
     if not texts:
-        raise UserError(f"input={str(path)!r} is empty; it needs a text a line")
+        raise UserError(f"input={str(path)!r} is empty; it needs at least one text")
     return texts
+
+
+def _texts_of(path: str, field: str) -> Iterator[str]:
+    def needed(names: Sequence[str]) -> Collection[str]:
+        return {field}.intersection(names)
+
+    if Path(path).is_file():
+        ending = split_ending(Path(path))[1]
+        if ending == ".txt":
+            yield from (line for _, line in numbered_lines(path))
+            return
+        if ending not in KINDS:
+            raise UserError(
+                f"input={path!r} is of an unknown kind; known are .txt (a text a line), "
+                f"{', '.join(KNOWN)}"
+            )
+    for source in find_inputs([path]):
+        for row in read_rows(source, split="train", needed=needed):
+            yield text_of(row.fields, field, where=row.where)
 
 
 def load_encoder(model: str, *, device: str) -> "Encoder":

@@ -90,13 +90,15 @@ def find_option(config_class: type[Any], key: str, *, groups: Iterable[str] = ()
 def _with_dot(mapping: str, rest: list[str], annotation: Any) -> str:
     """Say how to set an entry whose name has a dot, of which `rest` was made."""
     options = typing.get_type_hints(annotation) if dataclasses.is_dataclass(annotation) else {}
+    # The name ends where an option of the entry begins.
     end = next((n for n, part in enumerate(rest) if n > 0 and part in options), len(rest))
     if end == 1 or (options and end == len(rest)):
         return ""
     value = "..."
     for part in reversed(rest[end:]):
         value = f"{{{part}: {value}}}"
-    return f"; a name with a dot goes into braces: +{mapping}={{{'.'.join(rest[:end])}: {value}}}"
+    entry = f"{'.'.join(rest[:end])}: {value}"
+    return f'; a name with a dot goes into braces: "+{mapping}={{{entry}}}"'
 
 
 def unknown_option(

@@ -75,13 +75,14 @@ def _made_aside(folder: Path) -> Iterator[Path]:
     """Give an empty folder that takes the place of `folder` when all is well in the end."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    place = folder.resolve()
+    lock = FileLock(place.with_name(f".{place.name}.lock"))
     try:
-        with writing(folder), lock.acquire(timeout=0), written_aside(folder) as aside:
-            aside.mkdir()
-            yield aside
+        with writing(folder):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with lock.acquire(timeout=0), written_aside(folder) as aside:
+                aside.mkdir()
+                yield aside
     except Timeout:
         raise UserError(
             f"another process is writing output_dir={folder}; wait for it, or choose another folder"

@@ -52,18 +52,19 @@ def open_run_data(config: TrainConfig) -> RunData:
     folder = Path(config.output_dir)
     notes = _compare_with_run(config, folder)
     schedule: Schedule | None = None
+    num_steps = 0
     try:
         schedule = build_schedule(config, sources)
     except UserError as error:
         notes.append(f"`largebatch train` will refuse this config: {error}")
-    num_steps = config.max_steps
-    most_steps = None if schedule is None else schedule.num_steps
-    if most_steps is not None and most_steps < num_steps:
-        num_steps = most_steps
-        notes.append(
-            f"the sources give {num_steps:,} batches within {config.data.told_epochs()}, fewer "
-            f"than max_steps={config.max_steps}: `largebatch train` will refuse this config"
-        )
+    else:
+        num_steps = config.max_steps
+        if schedule.num_steps is not None and schedule.num_steps < num_steps:
+            num_steps = schedule.num_steps
+            notes.append(
+                f"the sources give {num_steps:,} batches within {config.data.told_epochs()}, fewer "
+                f"than max_steps={config.max_steps}: `largebatch train` will refuse this config"
+            )
     text, tokenizer = _find_text(config, folder / "backbone", notes)
     holes = read_holes(folder / "holes")
     return RunData(sources, schedule, holes, text, tokenizer, num_steps, notes)

@@ -7,6 +7,7 @@ from rich.console import Console
 from largebatch.commands.progress import byte_progress
 from largebatch.config import VerifyConfig
 from largebatch.data.index import ShardIndex
+from largebatch.data.locations import is_remote
 from largebatch.data.shards import find_files
 from largebatch.data.verify import verify
 from largebatch.errors import UserError
@@ -20,7 +21,10 @@ def run(config: VerifyConfig) -> None:
     Raises UserError with the number of problems if there are any.
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    paths = [Path(file) for url in config.shards for file in find_files(url)]
+    files = [file for url in config.shards for file in find_files(url)]
+    if remote := [file for file in files if is_remote(file)]:
+        raise UserError(f"{remote[0]} is remote; verify a local copy")
+    paths = [Path(file) for file in files]
     folders = dict.fromkeys(path.parent if path.is_file() else path for path in paths)
     indexes = {folder: ShardIndex.load(folder) for folder in folders}
     shards = [shard for index in indexes.values() for shard in index.shards]

@@ -78,7 +78,7 @@ class BenchConfig(TrainConfig):
         faults.at_least("steps", self.steps, 1)
         faults.at_least("repeats", self.repeats, 1)
         faults.at_least("warmup", self.warmup, 1)
-        faults.check(bool(self.bench_dir), "bench_dir is empty; name a folder")
+        faults.not_empty("bench_dir", self.bench_dir, "name a folder")
         if self.synthetic or not self.data.sources:
             # The shards themselves are written by the command; see bench/synthetic.py.
             self.synthetic = True

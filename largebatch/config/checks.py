@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from largebatch.errors import UserError
 
@@ -59,10 +59,14 @@ class Faults:
         if not 0 <= value <= 1:
             self.found.append(f"{option}={value} must lie between 0 and 1")
 
+    def not_empty(self, option: str, value: str | Sequence[str], cure: str) -> None:
+        """Note an empty text, or a list that is empty or holds an empty text."""
+        self.check(bool(value) and all(value), f"{option} is empty; {cure}")
+
     def folders(self, option: str, folders: Mapping[str, str]) -> None:
         """Note each entry of a mapping that names no folder."""
         for name, folder in folders.items():
-            self.check(bool(folder), f"{option}.{name} is empty; name a folder")
+            self.not_empty(f"{option}.{name}", folder, "name a folder")
 
     def fields(self, option: str, fields: Mapping[str, str]) -> None:
         """Note names of fields that are given for something that no record has."""

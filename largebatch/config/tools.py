@@ -35,6 +35,9 @@ class PairsConfig:
 
     def __post_init__(self) -> None:
         faults = Faults()
+        faults.not_empty("output_dir", self.output_dir, "name a folder")
+        if self.paths:
+            faults.not_empty("paths", self.paths, "name folders with Python packages")
         faults.at_least("workers", self.workers, 0)
         faults.at_least("max_pairs", self.max_pairs, 1)
         faults.at_least("dev_documents", self.dev_documents, 1)
@@ -81,10 +84,14 @@ class ShardConfig:
 
     def __post_init__(self) -> None:
         faults = Faults()
-        faults.check(
-            bool(self.input), "input is empty; name files, for example input=[pairs.jsonl]"
-        )
+        faults.not_empty("input", self.input, "name files, for example input=[pairs.jsonl]")
+        faults.not_empty("output_dir", self.output_dir, "name a folder")
         faults.fields("fields", self.fields)
+        faults.check(
+            not self.positives or self.fields.get("grade", "none") == "none",
+            f"fields.grade={self.fields.get('grade')} is not looked at beside positives, which "
+            "says itself which rows are positive pairs; leave out one of them",
+        )
         for name, value in self.positives.items():
             try:
                 least_of(value)
@@ -113,9 +120,7 @@ class IndexConfig:
 
     def __post_init__(self) -> None:
         faults = Faults()
-        faults.check(
-            bool(self.shards), "shards is empty; name a folder with tar files: shards=FOLDER"
-        )
+        faults.not_empty("shards", self.shards, "name a folder with tar files: shards=FOLDER")
         faults.at_least("workers", self.workers, 0)
         faults.finish()
 
@@ -134,9 +139,7 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         faults = Faults()
-        faults.check(
-            bool(self.shards), "shards is empty; name a folder with index.json: shards=FOLDER"
-        )
+        faults.not_empty("shards", self.shards, "name a folder with index.json: shards=FOLDER")
         faults.fields("fields", self.fields)
         faults.finish()
 
@@ -179,10 +182,8 @@ class DedupConfig:
             bool(self.sources), "sources is empty; name folders, for example sources.mine=shards"
         )
         for name, folders in self.sources.items():
-            faults.check(
-                bool(folders) and all(folders),
-                f"sources.{name} is empty; name a folder with shards",
-            )
+            faults.not_empty(f"sources.{name}", folders, "name a folder with shards")
+        faults.not_empty("output_dir", self.output_dir, "name a folder")
         faults.folders("evaluation_sets", self.evaluation_sets)
         faults.check(
             0 < self.threshold <= 1, f"threshold={self.threshold} must be above 0 and at most 1"
@@ -218,9 +219,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         faults = Faults()
-        faults.check(
-            bool(self.model), "model is empty; name a folder, for example model=runs/x/model"
-        )
+        faults.not_empty("model", self.model, "name a folder, for example model=runs/x/model")
         faults.check(bool(self.sets), "sets is empty; for example sets.test=data/code/test")
         faults.folders("sets", self.sets)
         faults.at_least("batch_tokens", self.batch_tokens, 1)
@@ -235,7 +234,8 @@ class EncodeConfig:
     model: str = ""
     """Exported model (a sentence-transformers folder) or hub name."""
     input: list[str] = field(default_factory=list)
-    """One or a list of .txt files (a text a line; also .gz or .zst), or of what `shard` takes."""
+    """One or a list of .txt files (a text a line; also .gz or .zst; globs allowed), or of what
+    `shard` takes."""
     output: str = "embeddings.npy"
     """Gets float32 [number of texts, width], in the order of the input."""
     side: str = "document"
@@ -251,10 +251,8 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         faults = Faults()
-        faults.check(
-            bool(self.model), "model is empty; name a folder, for example model=runs/x/model"
-        )
-        faults.check(bool(self.input), "input is empty; name a file, for example input=texts.jsonl")
+        faults.not_empty("model", self.model, "name a folder, for example model=runs/x/model")
+        faults.not_empty("input", self.input, "name a file, for example input=texts.jsonl")
         faults.one_of("side", self.side, ("query", "document"))
         faults.at_least("batch_tokens", self.batch_tokens, 1)
         faults.one_of("device", self.device, DEVICES)
@@ -275,8 +273,11 @@ class ExportConfig:
     """Whether an error shows its traceback."""
 
     def __post_init__(self) -> None:
-        if not self.run:
-            raise UserError("run is empty; name a run folder, for example run=runs/quickstart")
+        faults = Faults()
+        faults.not_empty("run", self.run, "name a run folder, for example run=runs/quickstart")
+        if self.output_dir is not None:
+            faults.not_empty("output_dir", self.output_dir, "name a folder")
+        faults.finish()
 
 
 @dataclass(kw_only=True)
@@ -322,6 +323,7 @@ class DataStatsConfig(TrainConfig):
         faults = Faults()
         faults.at_least("sample", self.sample, 0)
         faults.at_least("examples", self.examples, 0)
+        faults.not_empty("stats_dir", self.stats_dir, "name a folder")
         _finish_with(faults, super().__post_init__)
 
 

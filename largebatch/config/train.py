@@ -298,7 +298,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         faults = Faults()
-        faults.check(bool(self.output_dir), "output_dir is empty; name a folder")
+        faults.not_empty("output_dir", self.output_dir, "name a folder")
         faults.check(
             0 <= self.seed < 2**63, f"seed={self.seed} must be a whole number from 0 to 2^63 - 1"
         )
@@ -340,10 +340,7 @@ class TrainConfig:
             faults.check(False, fault)
         for name, source in self.data.sources.items():
             key = f"data.sources.{name}.urls"
-            faults.check(
-                bool(source.urls) and all(source.urls),
-                f"{key} is empty; name its shards: {key}=[shards/]",
-            )
+            faults.not_empty(key, source.urls, f"name its shards: {key}=[shards/]")
             faults.check(
                 self.objective.mask_duplicates or not source.mask_same_id,
                 f"data.sources.{name}.mask_same_id=true needs objective.mask_duplicates=true",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from largebatch.config import ShardConfig, least_of, suggest
 from largebatch.curate.rows import Input, read_rows
 from largebatch.data.files import Row
-from largebatch.data.grades import is_grade, same_value
+from largebatch.data.grades import KEPT_ASIDE, same_value
 from largebatch.data.ids import IdCounter, RepeatedIds
 from largebatch.data.records import (
     BLANKS,
@@ -177,7 +177,7 @@ def _is_positive(row: Row, positives: Mapping[str, str]) -> bool:
                 return False
             continue
         try:
-            number = math.nan if value is None else float(value)
+            number = math.nan if value in (None, "") else float(value)
         except (TypeError, ValueError):
             raise UserError(
                 f"{row.where}: field {name!r} is {value!r} and no number, which "
@@ -210,17 +210,15 @@ def _reason_to_drop(record: Record, config: ShardConfig, seen: set[bytes]) -> st
 def extra_fields(row: Row, names: FieldNames, *, uses_source: bool) -> dict[str, Any]:
     """Return the fields of a row that are no part of the pair, under the names they are kept by."""
     used = {names.query, names.document, names.id, *names.negatives}
-    # A grade that was not to be looked at is none to who reads the shards.
-    renamed = {name for name in row.fields if is_grade(name) and name not in names.grades}
     if uses_source:
         used.add("source")
-    return {
-        f"input_{name}" if name in renamed or _RESERVED.fullmatch(name) else name: _plain(
-            value, name, row.where
-        )
-        for name, value in row.fields.items()
-        if name not in used
-    }
+    kept = {}
+    for name, value in row.fields.items():
+        if name not in used:
+            # A grade that was not to be looked at is none to who reads the shards.
+            is_other = name in names.other_grades or _RESERVED.fullmatch(name)
+            kept[f"{KEPT_ASIDE}{name}" if is_other else name] = _plain(value, name, row.where)
+    return kept
 
 
 def _plain(value: Any, field: str, where: str) -> Any:

@@ -58,7 +58,7 @@ from largebatch.curate.duplicates import Numbers
 from largebatch.curate.minhash import Hashes
 from largebatch.curate.textfile import TextFileWriter
 from largebatch.data.index import INDEX_NAME
-from largebatch.data.shards import ShardWriter, resolve_source
+from largebatch.data.shards import ShardWriter, resolve_source, shard_names
 from largebatch.errors import UserError
 from largebatch.files import remove, reserve, writing
 
@@ -339,8 +339,9 @@ def _parts(config: DedupConfig) -> list[Part]:
     parts = []
     first = 0
     for source, folders in enumerate(config.sources.values()):
-        for url, shard in resolve_source(folders):
+        shards = resolve_source(folders)
+        for (url, shard), name in zip(shards, shard_names(shards), strict=True):
             for segment in shard.segments:
-                parts.append(Part(source, first, url, segment))
+                parts.append(Part(source, first, url, name, segment))
                 first += segment.num_records
     return parts

@@ -57,6 +57,8 @@ class Part(NamedTuple):
     """Number of its first record, over all sources."""
     url: str
     """Its shard."""
+    shard_name: str
+    """What that is called in the ids of records without one."""
     segment: Segment
     """Its place there."""
 
@@ -253,7 +255,13 @@ _STATE: _State
 
 def _read(part: Part) -> SegmentRecords:
     # Without a name of the source, so that records keep the one that they bear.
-    return read_segment(part.url, part.segment, fields=_STATE.settings.fields, source="")
+    return read_segment(
+        part.url,
+        part.segment,
+        fields=_STATE.settings.fields,
+        source="",
+        shard_name=part.shard_name,
+    )
 
 
 def _pair_digest(query: str, document: str) -> bytes:

@@ -41,22 +41,21 @@ def find_inputs(patterns: Sequence[str]) -> list[Input]:
 
     Raises UserError if one matches nothing or is of an unknown kind.
     """
-    inputs = []
-    for pattern in patterns:
-        if pattern.startswith("hf:"):
-            if not pattern.removeprefix("hf:"):
-                raise UserError(
-                    "input hf: needs a name, for example hf:sentence-transformers/gooaq"
-                )
-            inputs.append(Input(pattern.removeprefix("hf:"), pattern, "datasets", None))
-            continue
-        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))  # noqa: PTH207
-        if not matches:
-            raise UserError(
-                f"input {pattern!r} matches no file or folder; a data set of the hub is hf:NAME"
-            )
-        inputs += [_input(Path(match)) for match in matches]
-    return inputs
+    return [_input(path) for pattern in patterns for path in expand(pattern)]
+
+
+def expand(pattern: str) -> list[str]:
+    """Return the files and folders that a pattern names, in order; `hf:NAME` as it is.
+
+    Raises UserError if there are none.
+    """
+    if pattern.startswith("hf:") or Path(pattern).exists():
+        return [pattern]
+    if matches := sorted(glob.glob(pattern)):  # noqa: PTH207
+        return matches
+    raise UserError(
+        f"input {pattern!r} matches no file or folder; a data set of the hub is hf:NAME"
+    )
 
 
 def read_rows(
@@ -80,7 +79,12 @@ def read_rows(
     return read_file(source.path, on_bytes=on_bytes, needed=needed, on_unread=on_unread)
 
 
-def _input(path: Path) -> Input:
+def _input(named: str) -> Input:
+    if named.startswith("hf:"):
+        if named == "hf:":
+            raise UserError("input hf: needs a name, for example hf:sentence-transformers/gooaq")
+        return Input(named.removeprefix("hf:"), named, "datasets", None)
+    path = Path(named)
     if path.is_dir():
         name = path.resolve().name
         is_beir = any((path / f"corpus.jsonl{ending}").exists() for ending in ("", ".gz", ".zst"))

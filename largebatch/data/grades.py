@@ -24,6 +24,10 @@ _GRADE = re.compile(
 _GRADE_OF_NEGATIVES = re.compile(
     r"is_(?:hard_)?negative|(?:is_)?irrelevant|is_(?:impossible|unanswerable)|not_(?:duplicate|relevant|similar|match)"
 )
+
+KEPT_ASIDE = "input_"
+"""What `largebatch shard` puts before the name of a field that readers are not to look at."""
+
 _YES = frozenset(
     {"1", "true", "yes", "y", "t", "positive", "pos", "correct", "exact", "match", "same"}
     | {"entailment", "entailed", "entails", "supports", "supported"}
@@ -37,9 +41,11 @@ def is_grade(name: str) -> bool:
 
     >>> [is_grade(name) for name in ("label", "is_duplicate", "goldLabel", "relevance score")]
     [True, True, True, True]
-    >>> [is_grade(name) for name in ("scores", "language", "votes", "title")]
+    >>> [is_grade(name) for name in ("scores", "language", "votes", "input_is_duplicate")]
     [False, False, False, False]
     """
+    if name.startswith(KEPT_ASIDE):
+        return False
     plain = _plain(name)
     return bool(_GRADE.fullmatch(plain) or _GRADE_OF_NEGATIVES.fullmatch(plain))
 

@@ -1,6 +1,7 @@
 """What index.json says of the shards in a folder: records, sizes, checksums and byte ranges."""
 
 import json
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -188,7 +189,7 @@ class ShardIndex(NamedTuple):
         except FileNotFoundError:
             raise UserError(
                 f"{folder} has no {INDEX_NAME}; for tar shards that others made, write it with "
-                f"`largebatch index shards={str(folder).rstrip('/')}`"
+                f"`largebatch index {shlex.quote(f'shards={folder}'.rstrip('/'))}`"
             ) from None
         try:
             return cls._parse(orjson.loads(data))

@@ -36,7 +36,6 @@ a record only if that field says yes, or nothing. `fields` may name the one fiel
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
 from typing import Any, NamedTuple
 
 from largebatch.config import suggest
@@ -112,6 +111,8 @@ class FieldNames(NamedTuple):
     """Field of the id, where there is one."""
     grades: tuple[str, ...] = ()
     """Fields that may say that the pair is no positive one."""
+    other_grades: tuple[str, ...] = ()
+    """Fields that would be among them by their names, and are not looked at."""
 
 
 def record_from_mapping(
@@ -269,10 +270,11 @@ def _find_field_names(present: tuple[str, ...], mapped: tuple[tuple[str, str], .
     ids = [name for name in IDS if name in present and name not in (query, document, *negatives)]
     record_id = fields.get("id", ids[0] if ids else None)
     others = [n for n in present if n not in (query, document, record_id, *negatives)]
-    grades = (fields["grade"],) if "grade" in fields else tuple(filter(is_grade, others))
-    if grades == (NO_GRADE,):
-        grades = ()
-    return FieldNames(query, document, tuple(negatives), record_id, grades)
+    by_name = tuple(filter(is_grade, others))
+    wanted = fields.get("grade")
+    grades = by_name if wanted is None else () if wanted == NO_GRADE else (wanted,)
+    other_grades = tuple(name for name in by_name if name not in grades)
+    return FieldNames(query, document, tuple(negatives), record_id, grades, other_grades)
 
 
 def _numbered(name: str, present: Sequence[str]) -> list[str]:
@@ -344,7 +346,10 @@ def _not_text(value: Any, field: str) -> DataError:
 
 def _graded(name: str, value: Any) -> DataError:
     shown = repr(value)
-    is_scaled = isinstance(value, float | Decimal) and value % 1 != 0
+    try:
+        is_scaled = float(value) % 1 != 0  # a text too: a csv file holds nothing else
+    except (TypeError, ValueError):
+        is_scaled = False
     wanted = "'>=NUMBER'" if is_scaled else "VALUE"
     # A name with a space or a dot can stand in braces only.
     choice = (

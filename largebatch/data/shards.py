@@ -50,6 +50,7 @@ __all__ = [
     "ShardWriter",
     "find_files",
     "resolve_source",
+    "shard_names",
 ]
 
 
@@ -136,11 +137,12 @@ class ShardWriter:
 
     def _leave(self) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)
-        self._lock.release()
+        # Before the lock is released: another process may take it at once.
         if self._is_new and not (self.folder / INDEX_NAME).exists():
             with suppress(OSError):  # it holds something, then
                 (self.folder / ".lock").unlink(missing_ok=True)
                 self.folder.rmdir()
+        self._lock.release()
 
     def _find_replaced(self) -> list[Path]:
         has_index = (self.folder / INDEX_NAME).exists()
@@ -209,6 +211,15 @@ def resolve_source(
     if not found:
         raise UserError("no shards: no urls are given; name folders with an index.json")
     return list(found.items())
+
+
+def shard_names(shards: Sequence[tuple[str, Shard]]) -> list[str]:
+    """Return what the shards of a source are called in the ids of records without one.
+
+    It is the file's name, or the url where shards of several folders have the same.
+    """
+    files = [shard.file for _, shard in shards]
+    return files if len(set(files)) == len(files) else [url for url, _ in shards]
 
 
 def find_files(url: str) -> list[str]:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from largebatch.data.index import SegmentTable, Shard
 from largebatch.data.retries import DEFAULT_RETRIES, Retries
 from largebatch.data.segment import SegmentRecords, read_segment
+from largebatch.data.shards import shard_names
 from largebatch.data.text import TextSettings
 
 IndexArray = npt.NDArray[np.int64]
@@ -55,16 +56,13 @@ class Source(NamedTuple):
     ) -> Self:
         """List the segments of shards; `options` are further fields of the source."""
         tables = [shard.segments for _, shard in shards]
-        files = [shard.file for _, shard in shards]
-        # Shards of several folders may have the same name.
-        is_unique = len(set(files)) == len(files)
         return cls(
             name,
             [url for url, _ in shards],
             np.repeat(np.arange(len(tables)), np.array([len(table) for table in tables], np.int64)),
             SegmentTable.concatenate(tables),
             fields,
-            shard_names=files if is_unique else [url for url, _ in shards],
+            shard_names=shard_names(shards),
             **options,
         )
 

@@ -140,6 +140,13 @@ def test_what_is_told(tmp_path, error, told):
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_above_that_cannot_be_made_is_told(tmp_path):
+    above = tmp_path / "a"
+    with pytest.raises(UserError) as caught, writing(above / "b" / "c" / "file"):
+        raise OSError(errno.ENAMETOOLONG, "x", str(above))
+    assert str(caught.value) == f"{above}/b/c/file can't be written: file name too long"
+
+
 @pytest.mark.parametrize(
     "error",
     [

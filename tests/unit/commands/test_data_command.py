@@ -314,7 +314,9 @@ def test_steps_beyond_what_the_sources_give(folder, capsys):
 def test_stats_need_no_batch(folder, capsys):
     out, _ = run(capsys, "stats", "data.sources.b.urls=b", "sample=0")
     assert "will refuse this config: global_batch=1024: source 'b' has 70 records, fewer" in out
-    stats = json.loads((folder / "data_stats/stats.json").read_text())["sources"]["b"]
+    stats = json.loads((folder / "data_stats/stats.json").read_text())
+    assert stats["num_steps"] == 0
+    stats = stats["sources"]["b"]
     assert (stats["num_records"], stats["sampled"], stats["usable"]) == (70, 70, 69)
     assert stats["wanted"] is stats["realized"] is stats["epochs"] is stats["left_out"] is None
     assert app.main(["data", "show", "data.sources.b.urls=b"]) == 1

@@ -162,6 +162,9 @@ def test_a_saved_data_set_and_several_files_are_read(tmp_path):
     for name in ("b.csv", "a.csv"):
         write(tmp_path / name, [name])
     assert read_texts(tmp_path / "*.csv", field="body") == ["a.csv", "b.csv"]
+    write(tmp_path / "c.txt", ["x", "y"])
+    write(tmp_path / "d.txt.gz", ["z"])
+    assert read_texts(tmp_path / "[cd].txt*", field="body") == ["x", "y", "z"]
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,44 @@ def test_set_whole_replaces_and_with_a_plus_adds():
     assert config.backbone.config["rope"] == {"a": 1, "b": 2}
 
 
+def test_what_a_reference_stands_for_stays_as_it_is():
+    own = [SOURCE, "eval.dev={a: x}", "eval.test=${eval.dev}"]
+    assert config_of("train", *own).eval.test == {"a": "x"}
+    for change, expected in {
+        "+eval.test={b: y}": {"a": "x", "b": "y"},
+        "eval.test.b=y": {"a": "x", "b": "y"},
+        "eval.test={b: y}": {"b": "y"},
+        "~eval.test.a": {},
+    }.items():
+        config = config_of("train", *own, change)
+        assert (config.eval.dev, config.eval.test) == ({"a": "x"}, expected)
+    own = [SOURCE, "data.sources.mine.weight=1", "data.sources.b=${data.sources.mine}"]
+    for change in ("data.sources.b.weight=3", "data.sources.b={weight: 3}"):
+        sources = config_of("train", *own, change).data.sources
+        assert [(one.urls, one.weight) for one in sources.values()] == [
+            (["shards/"], 1),
+            (["shards/"], 3),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["eval.test=${name}"], "eval.test must be a mapping, such as {name: value}, and what it"),
+        (["data.sources.b=${name}"], "data.sources.b must be a group of options"),
+        (["text=${optim}"], "text must be a group of options"),
+        (["eval.test=${name}", "eval.test.a=x"], "eval.test=run must be a mapping"),
+        (["eval.test=${name}", "+eval.test={a: x}"], "eval.test=run must be a mapping"),
+        (["text=${name}", "text.query_prompt=x"], "text=run must be a group of options"),
+        (["eval.test=${its}", "eval.test.a=x"], "eval.test.a=x: Interpolation key 'its' not found"),
+    ],
+)
+def test_a_reference_to_something_else_is_told(line, told):
+    with pytest.raises(UserError) as caught:
+        config_of("train", SOURCE, *line)
+    assert str(caught.value).startswith(told)
+
+
 def test_entries_and_whole_mappings_are_removed():
     config = config_of("train", "quickstart", SOURCE, "~data.sources.code", "~eval.dev")
     assert list(config.data.sources) == ["mine"]
@@ -213,10 +251,10 @@ def test_an_entry_without_a_name(command, wrong, cure):
 
 
 def test_a_name_with_a_dot():
-    with pytest.raises(UserError, match=r"\+data.sources=\{v1.0: \{urls: ...\}\}"):
+    with pytest.raises(UserError, match=r'"\+data.sources=\{v1.0: \{urls: ...\}\}"'):
         config_of("train", "data.sources.v1.0.urls=sh")
     assert list(config_of("train", "+data.sources={v1.0: {urls: sh}}").data.sources) == ["v1.0"]
-    with pytest.raises(UserError, match=r"\+eval.dev=\{v1.0: ...\}"):
+    with pytest.raises(UserError, match=r'"\+eval.dev=\{v1.0: ...\}"'):
         config_of("train", SOURCE, "eval.dev.v1.0=x")
     with pytest.raises(UserError, match=r"100000.0 was read as a number; .* eval.dev.NAME"):
         config_of("train", SOURCE, "eval.dev={1e5: x}")

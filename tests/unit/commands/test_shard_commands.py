@@ -44,6 +44,8 @@ def test_verify_prints_every_problem_and_fails(shards, capsys):
     assert "stray.tar is not listed" in out
     with pytest.raises(UserError, match="no such folder"):
         verify.run(VerifyConfig(shards=[str(shards / "nowhere")]))
+    with pytest.raises(UserError, match="shards is remote; verify a local copy"):
+        verify.run(VerifyConfig(shards=["s3://bucket/shards"]))
 
 
 def test_index_writes_what_was_there(shards, capsys):

@@ -245,6 +245,35 @@ def test_a_choice_of_positives_that_means_nothing_is_told(tmp_path, positives, m
         run(path, tmp_path / "out", positives=positives)
 
 
+def test_a_score_that_is_not_there_reaches_no_bound(tmp_path):
+    (tmp_path / "a.csv").write_text("query,document,score\na,b,0.9\nc,d,\n")
+    counts = run(tmp_path / "a.csv", tmp_path / "csv", positives={"score": ">=0.8"})
+    assert (counts.written, counts.dropped["no_positive"]) == (1, 1)
+    rows = [{"query": "a", "document": "b", "score": score} for score in (0.9, None)]
+    counts = run(write(tmp_path / "a.jsonl", rows), tmp_path / "out", positives={"score": ">=0.8"})
+    assert (counts.written, counts.dropped["no_positive"]) == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["is_duplicate", "relevance", "cosine_similarity", "isDuplicate"])
+@pytest.mark.parametrize(
+    "options", [{"positives": {"NAME": "0"}}, {"fields": {"grade": "none"}}], ids=str
+)
+def test_shards_of_chosen_rows_need_no_option(tmp_path, name, options):
+    path = write(tmp_path / "a.jsonl", [{"query": "q", "document": "d", name: 0}])
+    named = {
+        option: {key.replace("NAME", name): value for key, value in of.items()}
+        for option, of in options.items()
+    }
+    run(path, tmp_path / "out", **named)
+    assert [record.query for record in records(tmp_path / "out")] == ["q"]
+    assert contents(tmp_path / "out")[0][f"input_{name}"] == 0
+
+
+def test_two_choices_of_positives_are_told(tmp_path):
+    with pytest.raises(UserError, match=r"fields\.grade=score is not looked at beside positives"):
+        run(tmp_path, tmp_path / "out", positives={"label": "1"}, fields={"grade": "score"})
+
+
 def test_an_unknown_role_of_a_field_is_told(tmp_path):
     path = write(tmp_path / "a.jsonl", GRADED)
     with pytest.raises(UserError, match=r"fields\.quiry means nothing.*did you mean 'query'"):

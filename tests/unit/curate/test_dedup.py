@@ -63,6 +63,20 @@ def changed(text, *places):
     return " ".join(words)
 
 
+def test_records_without_ids_get_different_ones_over_the_folders_of_a_source(tmp_path):
+    rng = random.Random(5)
+    for name in ("a", "b"):
+        write(tmp_path / name, [(" ", text(rng, 8), text(rng, 30)) for _ in range(10)])
+    config = DedupConfig(
+        sources={"mine": [str(tmp_path / name) for name in ("a", "b")]},
+        output_dir=str(tmp_path / "out"),
+        near=False,
+    )
+    deduplicate(config, num_workers=1, stage=no_stage)
+    ids = ids_in(tmp_path / "out" / "mine")
+    assert len(ids) == len(set(ids)) == 20
+
+
 @pytest.fixture
 def planted(tmp_path):
     """Two sources and what must remain of them."""

@@ -219,6 +219,7 @@ def test_a_grade_that_says_yes_or_nothing_leaves_a_pair_one(name, value):
     [
         ("label", 0, '"positives.label=VALUE"'),
         ("score", 0.5, "\"positives.score='>=NUMBER'\""),
+        ("score", "0.5", "\"positives.score='>=NUMBER'\""),
         ("gold label", "x", '"positives={gold label: VALUE}"'),
     ],
 )
