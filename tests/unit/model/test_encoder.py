@@ -23,6 +23,13 @@ RNG = np.random.default_rng(0)
 TEXTS = ["", *(" ".join(RNG.choice(WORDS, n)) for n in (1, 3, 2, 9, 5, 1, 40, 7))]
 LENGTHS = {"query_max_tokens": 48, "document_max_tokens": 48}
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+BERT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
 
 
 def encoder(**settings):
@@ -184,13 +191,21 @@ def test_left_and_right_padding_tokenizers_give_the_same(model_type, pooling):
     np.testing.assert_array_equal(*found)
 
 
-def test_a_text_without_any_token():
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last", "weighted_mean"])
+@pytest.mark.parametrize(
+    ("model_type", "packing"), [("gpt2", "off"), ("bert", "off"), ("bert", "on"), ("qwen2", "on")]
+)
+def test_a_text_without_any_token_is_zero_whatever_is_beside_it(model_type, packing, pooling):
     """GPT-2's tokenizer adds nothing, so an empty text has no token at all."""
     tokenizer = train_tokenizer(WORDS, vocab_size=300)
     tokenizer.backend_tokenizer.post_processor = None
-    model = Encoder.from_scratch("gpt2", tokenizer, config=GPT2, **LENGTHS)
+    config = {"gpt2": GPT2, "bert": BERT, "qwen2": BERT | {"num_key_value_heads": 1}}[model_type]
+    model = Encoder.from_scratch(
+        model_type, tokenizer, config=config, pooling=pooling, packing=packing, **LENGTHS
+    )
     assert tokenizer("")["input_ids"] == []
-    assert np.isfinite(model.encode([""])).all()
+    for texts in ([""], ["", "word3"], ["word3 word1", ""]):
+        assert not model.encode(texts)[texts.index("")].any()
     np.testing.assert_allclose(model.encode(["", "word3"])[1:], model.encode(["word3"]), atol=1e-6)
 
 
