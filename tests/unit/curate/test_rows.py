@@ -232,6 +232,7 @@ def test_columns_that_become_no_json_are_not_read(tmp_path):
         "list": [[{"a": 1, "b": [Decimal("1.5")]}]] * 2,
         "day": [date(2024, 5, 1)] * 2,
         "at": pa.array([0] * 2, pa.timestamp("us", tz="UTC")),
+        "zone": pa.array([0] * 2, pa.timestamp("us", tz="No/Such")),
     })  # fmt: skip
     parquet.write_table(table.drop_columns(["months"]), tmp_path / "a.parquet")
     expected = {"list": [{"a": 1, "b": [Decimal("1.5")]}], "day": date(2024, 5, 1)}
@@ -242,7 +243,7 @@ def test_columns_that_become_no_json_are_not_read(tmp_path):
     unread = []
     read_columns = readable_columns(table.schema, "x", lambda _: (), unread.append)
     assert read_columns == ["query", "text", "list", "day", "at"]
-    assert len(unread) == 9
+    assert len(unread) == 10
     assert unread[1] == "nanoseconds (timestamp[ns])"
 
 
