@@ -21,6 +21,10 @@ def run(config: EncodeConfig) -> None:
 
     texts = [text for path in config.input for text in read_texts(Path(path), field=config.field)]
     output = writable(Path(config.output), option="output")
+    if output.suffix not in ("", ".npy"):
+        raise UserError(
+            f"output={str(output)!r}: the matrix is written as NumPy's .npy; let its name end so"
+        )
     encoder = load_encoder(config.model, device=config.device)
     shape = (len(texts), encoder.embedding_width)
     parts = encoder.embed(
@@ -59,14 +63,24 @@ def read_texts(path: Path, *, field: str) -> list[str]:
         def needed(names: Sequence[str]) -> Collection[str]:
             return {field}.intersection(names)
 
+        inputs = find_inputs([str(path)])
+        if folders := [source.path for source in inputs if source.kind == "beir"]:
+            raise UserError(
+                f"input={folders[0]!r} is a folder in BEIR layout; name one of its files, such as "
+                f"{_example_file(Path(folders[0]))}"
+            )
         texts = [
             text_of(row.fields, field, where=row.where)
-            for source in find_inputs([str(path)])
+            for source in inputs
             for row in read_rows(source, split="train", needed=needed)
         ]
     if not texts:
         raise UserError(f"input={str(path)!r} is empty; it needs a text a line")
     return texts
+
+
+def _example_file(folder: Path) -> Path:
+    return min(folder.glob("corpus.jsonl*"))
 
 
 def load_encoder(model: str, *, device: str) -> "Encoder":

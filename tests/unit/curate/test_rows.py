@@ -186,6 +186,11 @@ def test_unknown_inputs_are_refused(tmp_path):
         (tmp_path / name).touch()
         with pytest.raises(UserError, match=r"unknown kind; known are \.jsonl, \.json, \.csv"):
             find_inputs([str(tmp_path / name)])
+    (tmp_path / "shards").mkdir()
+    for name in ("index.json", "shard-000000.tar"):
+        (tmp_path / "shards" / name).touch()
+    with pytest.raises(UserError, match="shards holds shards, which are read by `train`"):
+        find_inputs([str(tmp_path / "shards")])
     with pytest.raises(UserError, match="matches no file"):
         find_inputs([str(tmp_path / "*.csv")])
     with pytest.raises(UserError, match="needs a name"):

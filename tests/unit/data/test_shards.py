@@ -292,6 +292,9 @@ def test_a_shard_is_named_once(shards):
 
 
 def test_folders_without_index_or_records(tmp_path):
+    (tmp_path / "pairs.jsonl").touch()
+    with pytest.raises(UserError, match=r'it is a file, .*`largebatch shard "input=\[.*jsonl\]"'):
+        resolve_source([str(tmp_path / "pairs.jsonl")])
     with pytest.raises(UserError, match="largebatch index"):
         resolve_source([str(tmp_path)])
     ShardIndex(()).save(tmp_path)
