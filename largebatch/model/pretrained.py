@@ -1,5 +1,6 @@
 """Models and tokenizers from folders, the hub or a config, with errors that one can act on."""
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ def load_backbone(name: str, *, attention: str) -> nn.Module:
     """Load a pre-trained transformers model in float32.
 
     Raises:
-        UserError: There is no such model, it has no safetensors that can be read, or it is of a
-            kind that can't be trained here.
+        UserError: There is no such model, it has no safetensors that can be read, they lack weights
+            of it (but for a pooler), or it is of a kind that can't be trained here.
     """
     from transformers import AutoConfig, AutoModel
 
@@ -29,15 +30,37 @@ def load_backbone(name: str, *, attention: str) -> nn.Module:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         _prepare(config)
         with quiet_transformers():
-            model = AutoModel.from_pretrained(
+            model, loaded = AutoModel.from_pretrained(
                 name,
                 config=config,
                 use_safetensors=True,
                 trust_remote_code=False,
                 dtype=torch.float32,
                 attn_implementation=_usable_attention(config, attention),
+                ignore_mismatched_sizes=True,  # They are told below, with their names.
+                output_loading_info=True,
             )
+    # The other half of an encoder-decoder may lack: the encoder refuses those, and says why.
+    if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
+        _check_complete(name, loaded)
     return _finished(model)
+
+
+def _check_complete(name: str, loaded: Mapping[str, Any]) -> None:
+    """Refuse weights that the files lack: transformers draws them at random, and we are quiet."""
+    # No pooling here uses a pooler, and many published models have none.
+    lacking = sorted(key for key in loaded["missing_keys"] if "pooler" not in key.split("."))
+    mismatched = sorted(key for key, *_ in loaded["mismatched_keys"])
+    for keys, what in (
+        (lacking, "are not in its files"),
+        (mismatched, "have another shape in its files than config.json says"),
+    ):
+        if keys:
+            shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+            raise UserError(
+                f"model {name!r}: {len(keys)} weights {what} ({shown}) and would be random; take a "
+                "whole copy of the model"
+            )
 
 
 def backbone_from_config(folder: Path, *, attention: str) -> nn.Module:

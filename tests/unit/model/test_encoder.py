@@ -303,6 +303,32 @@ def test_a_folder_that_cannot_be_loaded(tmp_path, break_it, message):
     assert "\n" not in str(caught.value)
 
 
+def test_weights_that_a_folder_lacks_are_not_random(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    encoder().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    key = next(key for key in weights if key.endswith("layer.1.output.dense.weight"))
+
+    def load(changed):
+        save_file(changed, file, metadata={"format": "pt"})
+        Encoder.from_pretrained(tmp_path)
+
+    load({name: value for name, value in weights.items() if "pooler" not in name})
+    with pytest.raises(
+        UserError, match=r"1 weights are not in its files \(.*output.dense.weight\)"
+    ):
+        load({name: value for name, value in weights.items() if name != key})
+    with pytest.raises(
+        UserError, match=r"1 weights have another shape .*\(.*output.dense.weight\)"
+    ):
+        load(weights | {key: torch.zeros(3, 3)})
+    # As DistributedDataParallel names them.
+    with pytest.raises(UserError, match="weights are not in its files"):
+        load({f"module.wrapped.{name}": value for name, value in weights.items()})
+
+
 def test_a_module_that_is_not_known(tmp_path):
     encoder().save_pretrained(tmp_path)
     modules = json.loads((tmp_path / "modules.json").read_text())
