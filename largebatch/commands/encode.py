@@ -21,6 +21,10 @@ def run(config: EncodeConfig) -> None:
 
     texts = [text for path in config.input for text in read_texts(Path(path), field=config.field)]
     output = writable(Path(config.output), option="output")
+    if output.suffix not in ("", ".npy"):
+        raise UserError(
+            f"output={str(output)!r}: the matrix is written as NumPy's .npy; let its name end so"
+        )
     encoder = load_encoder(config.model, device=config.device)
     shape = (len(texts), encoder.embedding_width)
     parts = encoder.embed(
@@ -68,6 +72,11 @@ def _texts_of(path: str, field: str) -> Iterator[str]:
                 f"{', '.join(KNOWN)}"
             )
     for source in find_inputs([path]):
+        if source.kind == "beir":
+            raise UserError(
+                f"input={path!r} is a folder in BEIR layout; name one of its files, such as "
+                f"{min(Path(path).glob('corpus.jsonl*'))}"
+            )
         for row in read_rows(source, split="train", needed=needed):
             yield text_of(row.fields, field, where=row.where)
 

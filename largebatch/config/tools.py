@@ -237,7 +237,7 @@ class EncodeConfig:
     """One or a list of .txt files (a text a line; also .gz or .zst; globs allowed), or of what
     `shard` takes."""
     output: str = "embeddings.npy"
-    """Gets float32 [number of texts, width], in the order of the input."""
+    """Gets float32 [number of texts, width], in the order of the input, as NumPy's .npy."""
     side: str = "document"
     """query or document: whose prompt is put before each text."""
     field: str = "text"

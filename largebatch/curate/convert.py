@@ -101,7 +101,7 @@ def convert(
     ) as writer:
         for source in inputs:
             default_source = config.source or source.name
-            needed = partial(_texts_among, fields=fields, where=source.path)
+            needed = partial(_needed_among, fields=fields, where=source.path)
             for row in read_rows(
                 source,
                 split=config.split,
@@ -156,10 +156,12 @@ def convert(
     )
 
 
-def _texts_among(names: Sequence[str], *, fields: Mapping[str, str], where: str) -> tuple[str, ...]:
-    """Return which of an input's fields hold the texts of pairs."""
+def _needed_among(
+    names: Sequence[str], *, fields: Mapping[str, str], where: str
+) -> tuple[str, ...]:
+    """Return which of an input's fields hold the texts of pairs, and their grades."""
     found = field_names(dict.fromkeys(names), fields=fields, where=where)
-    return found.query, found.document, *found.negatives
+    return found.query, found.document, *found.negatives, *found.grades
 
 
 def _is_positive(row: Row, positives: Mapping[str, str]) -> bool:

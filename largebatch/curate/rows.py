@@ -20,6 +20,7 @@ from largebatch.data.files import (
     readable_columns,
     split_ending,
 )
+from largebatch.data.index import INDEX_NAME
 from largebatch.errors import UserError
 
 
@@ -87,6 +88,11 @@ def _input(named: str) -> Input:
     path = Path(named)
     if path.is_dir():
         name = path.resolve().name
+        if (path / INDEX_NAME).exists() and any(path.glob("*.tar")):
+            raise UserError(
+                f"input {path} holds shards, which are read by `train`, `verify`, `data show` and "
+                "`dedup`; name the files that they were made of"
+            )
         is_beir = any((path / f"corpus.jsonl{ending}").exists() for ending in ("", ".gz", ".zst"))
         return Input(name, str(path), "beir" if is_beir else "datasets", None)
     name, ending = split_ending(path)

@@ -362,7 +362,7 @@ def readable_columns(
         if name not in columns:
             raise UserError(
                 f"{where}: column {name!r} is of type {schema.field(name).type}, and must hold "
-                "text; cast it to string"
+                "text (or numbers, where it grades the pairs); cast it to string"
             )
     for field in schema:
         if field.name not in columns:
@@ -383,7 +383,7 @@ def _is_plain(kind: Any) -> bool:
         return _is_plain(kind.value_type)
     # Python's own times have no nanoseconds.
     if is_a.is_timestamp(kind) or is_a.is_time64(kind):
-        return bool(kind.unit != "ns")
+        return bool(kind.unit != "ns") and _is_known_zone(getattr(kind, "tz", None))
     return any(
         test(kind)
         for test in (
@@ -392,6 +392,19 @@ def _is_plain(kind: Any) -> bool:
             is_a.is_date, is_a.is_time32,
         )
     )  # fmt: skip
+
+
+def _is_known_zone(name: str | None) -> bool:
+    """Whether Python knows a time zone here: some machines have no list of them."""
+    import pyarrow as pa
+
+    if not name:
+        return True
+    try:
+        pa.lib.string_to_tzinfo(name)
+    except ValueError:  # Arrow's own
+        return False
+    return True
 
 
 def _column(values: Any, path: str, name: str, rows_before: int) -> list[Any]:

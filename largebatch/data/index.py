@@ -183,6 +183,11 @@ class ShardIndex(NamedTuple):
         """
         url = f"{str(folder).rstrip('/')}/{INDEX_NAME}"
         if not is_remote(url) and not Path(folder).is_dir():
+            if Path(folder).is_file():
+                raise UserError(
+                    f"no shards at {folder}: it is a file, and no .tar; make shards of it with "
+                    f'`largebatch shard "input=[{folder}]" output_dir=...`, and name their folder'
+                )
             raise UserError(f"no shards at {folder}: there is no such folder")
         try:
             data = read_bytes(url, retries=retries)

@@ -29,7 +29,8 @@ positives the first that is not blank is the document; the others are left out, 
 are.
 
 A row with a field that grades the pair (`label`, `score`, `is_duplicate`, ...; see `grades.py`) is
-a record only if that field says yes, or nothing. `fields` may name the one field that grades, as
+a record only if that field says yes, or nothing; a list of as many grades as there are positives
+must say so of each. `fields` may name the one field that grades, as
 `grade`; `none` says that none does, so that every row is a positive pair.
 """
 
@@ -152,10 +153,13 @@ def make_record(
 ) -> Record:
     """Do the same for texts that are known to be valid Unicode, with errors that name no place."""
     names = _cached_field_names(mapping, fields)
-    for name in names.grades:
-        if not says_positive(name, mapping[name]):
-            raise _graded(name, mapping[name])
     query, document = mapping[names.query], mapping[names.document]
+    for name in names.grades:
+        grade = mapping[name]
+        # A grade for each of the documents; lists of other lengths grade something else.
+        is_of_each = isinstance(grade, list) and len(grade) == _num_items(document)
+        if not all(says_positive(name, one) for one in (grade if is_of_each else [grade])):
+            raise _graded(name, grade)
     if query is None:
         query = ""
     elif not isinstance(query, str):
@@ -211,6 +215,10 @@ def _texts(value: Any, field: str) -> list[str]:
     elif not isinstance(value, Sequence) or isinstance(value, bytes):
         raise _not_text(value, field)
     return [_text(item, field) for item in value if item is not None]
+
+
+def _num_items(value: Any) -> int:
+    return len(value) if isinstance(value, list) else 1
 
 
 def _cached_field_names(mapping: Mapping[str, Any], fields: Mapping[str, str]) -> FieldNames:

@@ -273,7 +273,11 @@ class _OpenShard:
 
     def abandon(self) -> None:
         """Let go of a file that will not be finished."""
-        with suppress(OSError):  # what is left to write may not fit any more
+        # What is left to write may not fit any more. The tar comes first: it would write its end to
+        # a closed file when it is collected.
+        with suppress(OSError):
+            self._tar.close()
+        with suppress(OSError):
             self._file.close()
 
     def _add_member(self, key: str, extension: str, content: bytes, *, num_records: int) -> None:

@@ -31,7 +31,7 @@ from largebatch.model.compiled import checkpoint_layers as checkpoint_layers_of
 from largebatch.model.compiled import compile_layers, is_compiled, plain_shape
 from largebatch.model.finite import check_embeddings, check_weights, damaged_weight
 from largebatch.model.last_layer import ONE_TOKEN_POOLINGS, pooled_tokens, prepare_last_layer
-from largebatch.model.pooling import POOLING, pool_chunk
+from largebatch.model.pooling import POOLING, pool_chunk, zero_where_masked
 from largebatch.model.positions import (
     check_fit,
     length_multiple,
@@ -256,7 +256,7 @@ class Encoder(nn.Module):
             known_padding(padded=chunk.padded),
         ):
             if one_token:
-                options["pooled_tokens"] = pooled_tokens(self.pooling, chunk)
+                places_n = options["pooled_tokens"] = pooled_tokens(self.pooling, chunk)
             if chunk.packing is None:
                 hidden_nLH = self.backbone(
                     input_ids=chunk.input_ids, attention_mask=chunk.attention_mask, **options
@@ -266,7 +266,11 @@ class Encoder(nn.Module):
         # Pooling and length are where low precision would cost; both are cheap.
         if hidden_nLH.dtype in (torch.bfloat16, torch.float16):
             hidden_nLH = hidden_nLH.float()
-        embeddings_nd = hidden_nLH[0] if one_token else pool_chunk(self.pooling, hidden_nLH, chunk)
+        if one_token:
+            mask_n = chunk.attention_mask.flatten()[places_n]
+            embeddings_nd = zero_where_masked(hidden_nLH[0], mask_n)
+        else:
+            embeddings_nd = pool_chunk(self.pooling, hidden_nLH, chunk)
         if chunk.packing is None:
             embeddings_nd = embeddings_nd[:num_rows]
         return F.normalize(embeddings_nd, dim=-1) if self.normalize else embeddings_nd

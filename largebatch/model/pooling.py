@@ -1,7 +1,8 @@
 """Pooling: hidden states of a text's tokens become one vector.
 
 Shapes: n texts, L tokens, H hidden width. All functions are right under left and right padding and
-under the padding that a text longer than its neighbours never has.
+under the padding that a text longer than its neighbours never has. A text without any token, as an
+empty one where no special tokens are added, becomes zero: padding says nothing of it.
 """
 
 from collections.abc import Callable
@@ -14,14 +15,13 @@ from largebatch.batch import Chunk
 
 def pool_cls(hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
     """Return the first token of each text, `[n, H]`."""
-    first_n = mask_nL.int().argmax(dim=1)
-    return hidden_nLH[torch.arange(len(hidden_nLH), device=hidden_nLH.device), first_n]
+    return _token(hidden_nLH, mask_nL, mask_nL.int().argmax(dim=1))
 
 
 def pool_last(hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
     """Return the last token of each text, `[n, H]`."""
     last_n = mask_nL.shape[1] - 1 - mask_nL.int().flip(1).argmax(dim=1)
-    return hidden_nLH[torch.arange(len(hidden_nLH), device=hidden_nLH.device), last_n]
+    return _token(hidden_nLH, mask_nL, last_n)
 
 
 def pool_mean(hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
@@ -58,6 +58,16 @@ def pool_chunk(pooling: str, hidden: Tensor, chunk: Chunk) -> Tensor:
     parts = zip(runs, hidden[0].split(sizes), chunk.attention_mask[0].split(sizes), strict=True)
     # Texts of one length are a batch without padding.
     return torch.cat([pool(h.unflatten(0, run), mask.unflatten(0, run)) for run, h, mask in parts])
+
+
+def _token(hidden_nLH: Tensor, mask_nL: Tensor, place_n: Tensor) -> Tensor:
+    rows_n = torch.arange(len(hidden_nLH), device=hidden_nLH.device)
+    return zero_where_masked(hidden_nLH[rows_n, place_n], mask_nL[rows_n, place_n])
+
+
+def zero_where_masked(tokens_nH: Tensor, mask_n: Tensor) -> Tensor:
+    """Return the tokens that poolings look at, `[n, H]`, zero for texts whose one is padding."""
+    return tokens_nH.masked_fill((mask_n == 0).unsqueeze(1), 0)
 
 
 def _weighted(hidden_nLH: Tensor, weights_nL: Tensor) -> Tensor:

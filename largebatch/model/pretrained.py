@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,16 @@ def load_backbone(name: str, *, attention: str) -> nn.Module:
         with quiet_transformers():
             model, loading = AutoModel.from_pretrained(
                 name,
-                output_loading_info=True,
                 config=config,
                 use_safetensors=True,
                 trust_remote_code=False,
                 dtype=torch.float32,
                 attn_implementation=_usable_attention(config, attention),
+                ignore_mismatched_sizes=True,  # They are told below, with their names.
+                output_loading_info=True,
             )
     backbone = _finished(model)
-    _check_complete(name, backbone, loading["missing_keys"])
+    _check_complete(name, backbone, loading)
     return backbone
 
 
@@ -199,21 +200,26 @@ def _finished(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_complete(name: str, model: nn.Module, missing: Collection[str]) -> None:
-    """Check that no weight that an embedding depends on was missing: transformers draws those.
+def _check_complete(name: str, model: nn.Module, loading: Mapping[str, Any]) -> None:
+    """Check that the files hold all weights that embeddings depend on: transformers draws others.
 
     Weights that the model has no place for, such as a head for masked words, are fine.
     """
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         return  # It is refused for what it is (see probe.py): only its encoder may be here.
     needed = [key for key, weight in model.named_parameters() if weight.requires_grad]
-    if lacking := [key for key in needed if key in missing]:
-        shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
-        raise UserError(
-            f"the weights of {name!r} lack {len(lacking)} of the {len(needed)} that its "
-            f"config.json asks for ({shown}), which would be random; take a whole copy, or the "
-            "config.json that belongs to them"
-        )
+    mismatched = {key for key, *_ in loading["mismatched_keys"]}
+    for what, keys in (
+        ("lack", loading["missing_keys"] - mismatched),
+        ("have another shape for", mismatched),
+    ):
+        if found := [key for key in needed if key in keys]:
+            shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+            raise UserError(
+                f"the weights of {name!r} {what} {len(found)} of the {len(needed)} that its "
+                f"config.json asks for ({shown}), which would be random; take a whole copy, or the "
+                "config.json that belongs to them"
+            )
 
 
 @contextmanager

@@ -151,6 +151,14 @@ def _json_number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def _log_in(options: "wandb.Settings", cure: str) -> None:
+    import wandb
+
+    wandb.setup(options)
+    if not wandb.login(prompt=False, verify=False):
+        raise UserError(f"logger.wandb=online needs an account and found no key: {cure}")
+
+
 class _WandbRun:
     """One process's part of a wandb run."""
 
@@ -204,12 +212,14 @@ class _WandbRun:
             x_graphql_retry_wait_max_seconds=4,
             x_graphql_timeout_seconds=10,
         )
-        cure = "log in by `wandb login` or set WANDB_API_KEY, or choose logger.wandb=offline"
-        if self._online:
-            wandb.setup(options)
+        cure = (
+            "log in by `wandb login` or set WANDB_API_KEY, or choose logger.wandb=offline"
+            if self._online
+            else "choose logger.wandb=disabled"
+        )
         try:
-            if self._online and not wandb.login(prompt=False, verify=False):
-                raise UserError(f"logger.wandb=online needs an account and found no key: {cure}")
+            if self._online:
+                _log_in(options, cure)
             run = wandb.init(
                 project=project,
                 name=run_name,
@@ -220,10 +230,18 @@ class _WandbRun:
                 allow_val_change=True,
                 settings=options,
             )
+        except UserError:
+            raise
         except wandb.Error as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"logger.wandb={options.mode}: wandb did not start ({reason}): {cure}"
+            ) from error
+        except ValueError as error:  # pydantic's: wandb reads the environment's WANDB_* by itself
+            reason = " ".join(str(error).split(" [type=")[0].split())
+            raise UserError(
+                f"logger.wandb={options.mode}: wandb did not start ({reason}): unset or mend the "
+                "variables WANDB_* of this shell, or choose logger.wandb=disabled"
             ) from error
         run.define_metric("step", hidden=True)
         # All of them, so that no name that is logged one day is drawn over wandb's own counter.

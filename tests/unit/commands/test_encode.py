@@ -196,6 +196,12 @@ def test_names_what_is_wrong_with_the_input(tmp_path, name, content, message):
     assert not (tmp_path / "out.npy").exists()
 
 
+def test_a_folder_in_beir_layout_is_told_which_file_to_name(tmp_path):
+    (tmp_path / "corpus.jsonl.gz").touch()
+    with pytest.raises(UserError, match=r"BEIR layout; name one .* such as .*corpus\.jsonl\.gz$"):
+        read_texts(tmp_path, field="text")
+
+
 def test_names_a_missing_file_model_or_device(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     config = EncodeConfig(model=str(tmp_path / "absent"), input=[str(path)], output=str(tmp_path))
@@ -206,6 +212,9 @@ def test_names_a_missing_file_model_or_device(tmp_path, monkeypatch):
         run(config)
     config.output = str(path / "below" / "out.npy")
     with pytest.raises(UserError, match=r"^output=.* its folder can't be made"):
+        run(config)
+    config.output = str(tmp_path / "out.parquet")
+    with pytest.raises(UserError, match=r"^output=.*out\.parquet': .* NumPy's \.npy"):
         run(config)
     config.output = str(tmp_path / "out.npy")
     with pytest.raises(UserError, match="absent"):

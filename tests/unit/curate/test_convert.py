@@ -146,6 +146,10 @@ def test_values_that_json_has_not(tmp_path):
     counts = run(tmp_path / "b.parquet", tmp_path / "other")
     assert contents(tmp_path / "other") == [content | {"source": "b", "id": "b-1"}]
     assert counts.unread_columns == ("image (binary)",)
+    parquet.write_table(pa.table(table | {"label": [b"0"]}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match=r"column 'label' is of type binary.* cast it to string"):
+        run(tmp_path / "c.parquet", tmp_path / "graded")
+    run(tmp_path / "c.parquet", tmp_path / "graded", fields={"grade": "none"})
 
 
 def test_shards_that_are_there_stay_unless_told(tmp_path):

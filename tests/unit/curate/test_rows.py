@@ -186,6 +186,11 @@ def test_unknown_inputs_are_refused(tmp_path):
         (tmp_path / name).touch()
         with pytest.raises(UserError, match=r"unknown kind; known are \.jsonl, \.json, \.csv"):
             find_inputs([str(tmp_path / name)])
+    (tmp_path / "shards").mkdir()
+    for name in ("index.json", "shard-000000.tar"):
+        (tmp_path / "shards" / name).touch()
+    with pytest.raises(UserError, match="shards holds shards, which are read by `train`"):
+        find_inputs([str(tmp_path / "shards")])
     with pytest.raises(UserError, match="matches no file"):
         find_inputs([str(tmp_path / "*.csv")])
     with pytest.raises(UserError, match="needs a name"):
@@ -232,6 +237,7 @@ def test_columns_that_become_no_json_are_not_read(tmp_path):
         "list": [[{"a": 1, "b": [Decimal("1.5")]}]] * 2,
         "day": [date(2024, 5, 1)] * 2,
         "at": pa.array([0] * 2, pa.timestamp("us", tz="UTC")),
+        "zone": pa.array([0] * 2, pa.timestamp("us", tz="No/Such")),
     })  # fmt: skip
     parquet.write_table(table.drop_columns(["months"]), tmp_path / "a.parquet")
     expected = {"list": [{"a": 1, "b": [Decimal("1.5")]}], "day": date(2024, 5, 1)}
@@ -242,7 +248,7 @@ def test_columns_that_become_no_json_are_not_read(tmp_path):
     unread = []
     read_columns = readable_columns(table.schema, "x", lambda _: (), unread.append)
     assert read_columns == ["query", "text", "list", "day", "at"]
-    assert len(unread) == 9
+    assert len(unread) == 10
     assert unread[1] == "nanoseconds (timestamp[ns])"
 
 

@@ -171,6 +171,7 @@ NO = [
     ("score", 4.8),
     ("similarity_score", 0.9),
     ("cosine_similarity", 0.3),
+    ("labels", [0]),
 ]
 
 
@@ -212,6 +213,17 @@ def test_a_row_that_says_it_is_no_positive_pair_is_none(pair, name, value):
 )
 def test_a_grade_that_says_yes_or_nothing_leaves_a_pair_one(name, value):
     assert convert({"query": "q", "document": "d", name: value})[:2] == ("q", "d")
+
+
+def test_a_grade_of_each_of_several_positives_is_looked_at():
+    row = {"query": "q", "positive": ["a", "b"]}
+    assert convert(row | {"label": [1, 1]})[:2] == ("q", "a")
+    assert convert(row | {"label": [0, 1, 0]})[:2] == ("q", "a")  # by three people, perhaps
+    for grades in ([0, 1], [1, 0]):
+        with pytest.raises(
+            DataError, match=r"field 'label' grades the pair, and \[., .\] does not"
+        ):
+            convert(row | {"label": grades})
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,13 @@ def test_an_error_leaves_the_folder_as_it_was(tmp_path):
     assert not (tmp_path / ".partial").exists()
 
 
+def test_a_tar_that_is_given_up_is_quiet_when_it_is_collected(tmp_path):
+    broken = [*make_records(2), Record("q", "d", [], "s", "\ud800")]
+    with pytest.raises(UserError, match="does not fit into JSON"):
+        write(tmp_path, broken, records_per_shard=5, layout="samples")
+    gc.collect()  # an error in __del__ is a warning, and so fails this test
+
+
 def test_a_new_set_replaces_our_files_only(tmp_path):
     write(tmp_path, make_records(30), records_per_shard=10)
     (tmp_path / "notes.txt").write_text("mine")
@@ -285,6 +292,9 @@ def test_a_shard_is_named_once(shards):
 
 
 def test_folders_without_index_or_records(tmp_path):
+    (tmp_path / "pairs.jsonl").touch()
+    with pytest.raises(UserError, match=r'it is a file, .*`largebatch shard "input=\[.*jsonl\]"'):
+        resolve_source([str(tmp_path / "pairs.jsonl")])
     with pytest.raises(UserError, match="largebatch index"):
         resolve_source([str(tmp_path)])
     ShardIndex(()).save(tmp_path)

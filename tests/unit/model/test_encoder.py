@@ -25,6 +25,13 @@ RNG = np.random.default_rng(0)
 TEXTS = ["", *(" ".join(RNG.choice(WORDS, n)) for n in (1, 3, 2, 9, 5, 1, 40, 7))]
 LENGTHS = {"query_max_tokens": 48, "document_max_tokens": 48}
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+BERT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
 
 
 def encoder(**settings):
@@ -186,13 +193,21 @@ def test_left_and_right_padding_tokenizers_give_the_same(model_type, pooling):
     np.testing.assert_array_equal(*found)
 
 
-def test_a_text_without_any_token():
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last", "weighted_mean"])
+@pytest.mark.parametrize(
+    ("model_type", "packing"), [("gpt2", "off"), ("bert", "off"), ("bert", "on"), ("qwen2", "on")]
+)
+def test_a_text_without_any_token_is_zero_whatever_is_beside_it(model_type, packing, pooling):
     """GPT-2's tokenizer adds nothing, so an empty text has no token at all."""
     tokenizer = train_tokenizer(WORDS, vocab_size=300)
     tokenizer.backend_tokenizer.post_processor = None
-    model = Encoder.from_scratch("gpt2", tokenizer, config=GPT2, **LENGTHS)
+    config = {"gpt2": GPT2, "bert": BERT, "qwen2": BERT | {"num_key_value_heads": 1}}[model_type]
+    model = Encoder.from_scratch(
+        model_type, tokenizer, config=config, pooling=pooling, packing=packing, **LENGTHS
+    )
     assert tokenizer("")["input_ids"] == []
-    assert np.isfinite(model.encode([""])).all()
+    for texts in ([""], ["", "word3"], ["word3 word1", ""]):
+        assert not model.encode(texts)[texts.index("")].any()
     np.testing.assert_allclose(model.encode(["", "word3"])[1:], model.encode(["word3"]), atol=1e-6)
 
 
@@ -322,6 +337,22 @@ def test_a_head_beside_the_backbone_and_a_pooler_that_is_not_there_are_fine(tmp_
     masked.save_pretrained(tmp_path)
     again = Encoder.from_pretrained(tmp_path)
     np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
+
+
+def test_weights_of_another_shape_or_name_are_told(tmp_path):
+    encoder().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    key = next(key for key in weights if key.endswith("layer.1.output.dense.weight"))
+    # As DistributedDataParallel names them.
+    wrapped = {f"module.wrapped.{name}": value for name, value in weights.items()}
+    for changed, told in (
+        (weights | {key: torch.zeros(3, 3)}, r"have another shape for 1 of the 37 .*\(.*output"),
+        (wrapped, "lack 37 of the 37 "),
+    ):
+        save_file(changed, file, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=told):
+            Encoder.from_pretrained(tmp_path)
 
 
 def test_a_module_that_is_not_known(tmp_path):

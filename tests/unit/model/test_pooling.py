@@ -39,7 +39,7 @@ def test_poolings_are_those_of_the_config():
     assert set(POOLING) == set(POOLINGS)
 
 
-@pytest.mark.parametrize("mode", ["mean", "weighted_mean"])
+@pytest.mark.parametrize("mode", POOLINGS)
 def test_a_text_without_tokens_is_zero(mode):
     found = POOLING[mode](torch.ones(1, 3, 2), torch.zeros(1, 3, dtype=torch.int64))
     assert found.tolist() == [[0, 0]]

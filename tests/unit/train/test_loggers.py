@@ -271,6 +271,21 @@ def test_online_without_an_account_is_told_before_the_run(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [("WANDB_MODE", "", "Settings mode"), ("WANDB_RUN_ID", "a/b", "Run ID")],
+)
+def test_variables_that_wandb_refuses_are_told(tmp_path, name, value, reason):
+    done = run_with_wandb(tmp_path, tmp_path, **{name: value})
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    told = "largebatch.errors.UserError: logger.wandb=offline: wandb did not start ("
+    assert last.startswith(told)
+    assert reason in last
+    assert last.endswith("choose logger.wandb=disabled")
+
+
+@pytest.mark.slow
 def test_online_without_network_is_told_before_the_run(tmp_path):
     nowhere = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     done = run_with_wandb(tmp_path, tmp_path, mode="online", **nowhere)
