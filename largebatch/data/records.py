@@ -365,10 +365,15 @@ def _graded(name: str, value: Any) -> DataError:
         if re.fullmatch(r"\w+", name)
         else (f"positives={{{name}: {wanted}}}")
     )
+    cure = (
+        "give each positive a row of its own"
+        if isinstance(value, list)
+        else f'keep the rows that are, with `largebatch shard ... "{choice}"`'
+    )
     return DataError(
         f"field {name!r} grades the pair, and {shown if len(shown) <= 60 else f'{shown[:60]}...'} "
-        "does not say that it is a positive one (as 1 or true would); keep the rows that are, with "
-        f'`largebatch shard ... "{choice}"`, or set fields.grade=none to take every row for one',
+        f"does not say that it is a positive one (as 1 or true would); {cure}, or set "
+        "fields.grade=none to take every row for one",
         kind="graded",
     )
 
