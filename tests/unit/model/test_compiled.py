@@ -169,9 +169,9 @@ def test_parts_of_a_graph_are_not_kept(graphs, keep, option):
 @pytest.mark.parametrize(
     ("name", "option"),
     [
-        ("ddp", "compile"),
+        pytest.param("ddp", "compile", marks=pytest.mark.exhaustive),  # as in test_fast_paths
         ("fsdp", "compile"),
-        ("zero2", "compile"),
+        pytest.param("zero2", "compile", marks=pytest.mark.exhaustive),
         ("ddp", "checkpoint_layers"),
         ("fsdp", "checkpoint_layers"),
         ("zero2", "checkpoint_layers"),
