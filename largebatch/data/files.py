@@ -177,15 +177,23 @@ def _tsv_rows(path: str | Path, on_bytes: OnBytes) -> Iterator[Row]:
         if not header:
             header = _checked_header(values, where)
             continue
-        if len(values) != len(header):
-            raise UserError(
-                f"{where} has {_fields(values)}, and the first line names {len(header)}; in a "
-                ".tsv file tabs and line ends always separate: take them out of the texts, or, if "
-                "quotes enclose them, name the file .csv"
-            )
-        yield Row(where, dict(zip(header, values, strict=True)))
+        yield _named(
+            header,
+            values,
+            where,
+            "in a .tsv file tabs and line ends always separate: take them out of the texts, or, if "
+            "quotes enclose them, name the file .csv",
+        )
     if not header:
         raise _no_header(path)
+
+
+def _named(header: Sequence[str], values: Sequence[str], where: str, cure: str) -> Row:
+    if len(values) != len(header):
+        raise UserError(
+            f"{where} has {_fields(values)}, and the first line names {len(header)}; {cure}"
+        )
+    return Row(where, dict(zip(header, values, strict=True)))
 
 
 def _is_blank_row(values: Sequence[str]) -> bool:
@@ -231,12 +239,12 @@ def _csv_rows(path: str | Path, on_bytes: OnBytes) -> Iterator[Row]:
         if not header:
             header = _checked_header(values, where)
             continue
-        if len(values) != len(header):
-            raise UserError(
-                f"{where} has {_fields(values)}, and the first line names {len(header)}; "
-                "put quotes around fields with separators, quotes or line breaks"
-            )
-        yield Row(where, dict(zip(header, values, strict=True)))
+        yield _named(
+            header,
+            values,
+            where,
+            "put quotes around fields with separators, quotes or line breaks",
+        )
     if not header:
         raise _no_header(path)
 
