@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import multiprocessing
 from transformers import AutoTokenizer
 
-from largebatch.balance import Part, even_out, new_owners
 from largebatch.batch import Texts
 from largebatch.parallel.collectives import Collectives
+from largebatch.step.balance import Part, even_out, new_owners
 
 Lengths = npt.NDArray[np.int64]
 

@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
 from plain_training import largest_difference, losses_of_run, plain_losses
 
-from largebatch.commands.compose import build, compose
-from largebatch.commands.overrides import expand_preset
-from largebatch.commands.presets import open_presets
-from largebatch.commands.table import COMMANDS
+from largebatch.cli.compose import build, compose
+from largebatch.cli.overrides import expand_preset
+from largebatch.cli.presets import open_presets
+from largebatch.cli.table import COMMANDS
 from largebatch.config import TrainConfig
 
 FAST = ("backbone.packing=on", "hardware.ranks=2")

@@ -178,8 +178,8 @@ def write_pairs(file: Path, number: int) -> None:
     """Write the first pairs of the code set as one compressed file of JSON lines."""
     import zstandard
 
-    from largebatch.data.segment import read_segment
-    from largebatch.data.shards import resolve_source
+    from largebatch.shards.find import resolve_source
+    from largebatch.shards.segment import read_segment
 
     left = number
     with zstandard.open(file, "wt", encoding="utf-8") as out:

@@ -20,7 +20,7 @@ from packing import load, random_texts
 
 from largebatch import ContrastiveLoss, GradCache
 from largebatch.batch import Texts
-from largebatch.model.keep import LEVELS, measure_levels
+from largebatch.step.keep import LEVELS, measure_levels
 from largebatch.train.memory import bound_kernel_cache, peak_memory_gib
 
 

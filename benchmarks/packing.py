@@ -20,8 +20,8 @@ import torch
 
 from largebatch import Encoder
 from largebatch.batch import Texts
-from largebatch.data.chunks import pad_chunks, plan_chunks
 from largebatch.data.text import train_tokenizer
+from largebatch.model.chunks import pad_chunks, plan_chunks
 
 
 def main() -> None:

@@ -58,8 +58,8 @@ def build(pairs: Path, folder: Path, *, most: int) -> dict[str, int]:
     import pyarrow as pa
     from pyarrow import parquet
 
-    from largebatch.data.records import record_from_mapping
-    from largebatch.data.shards import ShardWriter
+    from largebatch.shards.records import record_from_mapping
+    from largebatch.shards.write import ShardWriter
 
     texts = [(name, pa.string()) for name in ("query", "document", "source", "id")]
     schema = pa.schema([*texts, ("negatives", pa.list_(pa.string()))])
@@ -133,8 +133,8 @@ def measure(folder: Path, num_records: int, *, runs: int, energon: str | None) -
 
 def read_ours(folder: Path) -> int:
     """Read and decode every record as training does, segment by segment."""
-    from largebatch.data.segment import read_segment
-    from largebatch.data.shards import resolve_source
+    from largebatch.shards.find import resolve_source
+    from largebatch.shards.segment import read_segment
 
     count = 0
     for source in sorted(folder.iterdir()):

@@ -56,7 +56,7 @@ def obstore_http(url: str) -> Read:
 
 def largebatch(url: str) -> Read:
     """Read through this package."""
-    from largebatch.data.locations import read_bytes
+    from largebatch.stores.locations import read_bytes
 
     return lambda start, end: read_bytes(url, start, end)
 

@@ -135,7 +135,7 @@ def draw(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from largebatch.train.plot_style import STYLE, short_number
+    from largebatch.plot_style import STYLE, short_number
 
     with rc_context(STYLE):
         figure = Figure(figsize=(10, 4), layout="constrained")

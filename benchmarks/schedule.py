@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from largebatch.data.index import SegmentTable, Shard, ShardIndex
-from largebatch.data.schedule import Schedule, SourceShape
 from largebatch.data.source import Source
+from largebatch.order.schedule import Schedule, SourceShape
+from largebatch.shards.index import SegmentTable, Shard, ShardIndex
 from largebatch.world import part_of_rank
 
 SHARES = (0.4, 0.2, 0.15, 0.1, 0.08, 0.05, 0.02)

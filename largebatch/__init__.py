@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from largebatch.errors import UserError
-    from largebatch.gradcache import GradCache
     from largebatch.losses.infonce import ContrastiveLoss
     from largebatch.losses.temperature import Temperature
     from largebatch.model.encoder import Encoder
+    from largebatch.step.gradcache import GradCache
 
 __all__ = ["ContrastiveLoss", "Encoder", "GradCache", "Temperature", "UserError"]
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "ContrastiveLoss": "largebatch.losses.infonce",
     "Encoder": "largebatch.model.encoder",
-    "GradCache": "largebatch.gradcache",
+    "GradCache": "largebatch.step.gradcache",
     "Temperature": "largebatch.losses.temperature",
     "UserError": "largebatch.errors",
 }

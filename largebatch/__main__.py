@@ -6,8 +6,8 @@ import sys
 
 def main() -> int:
     """Run the command line and return its exit code."""
-    from largebatch.commands import app
-    from largebatch.commands.failures import end_failed_rank, is_rank
+    from largebatch.cli import app
+    from largebatch.cli.failures import end_failed_rank, is_rank
 
     code = app.main(sys.argv[1:])
     if code and is_rank():

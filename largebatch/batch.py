@@ -1,7 +1,7 @@
 """What flows through a training step: ragged token lists, one rank's batch, one padded chunk."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,21 @@ class Texts(NamedTuple):
     def num_texts(self) -> int:
         """How many texts there are."""
         return len(self.lengths)
+
+    @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """`[n]`, where each text begins in `tokens`."""
+        return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+
+    def take(self, rows: npt.NDArray[Any]) -> "Texts":
+        """Return some of the texts, in the order of `rows`."""
+        return Texts(self.tokens[self.token_places(rows)], self.lengths[rows])
+
+    def token_places(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """Return where the tokens of some texts lie in `tokens`, one text after another."""
+        lengths = self.lengths[rows]
+        begin = np.cumsum(lengths, dtype=np.int64) - lengths
+        return np.repeat(self.starts[rows] - begin, lengths) + np.arange(int(lengths.sum()))
 
 
 class Hole(NamedTuple):

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import psutil
 from warm import WarmProcess
 
-from largebatch.data.records import Record
-from largebatch.data.shards import ShardWriter
 from largebatch.evaluate.beir import RetrievalSet, save_retrieval_set
+from largebatch.shards.records import Record
+from largebatch.shards.write import ShardWriter
 
 COLOURS = ("red", "green", "blue", "white", "black", "grey", "pink", "brown")
 THINGS = ("cat", "dog", "house", "tree", "river", "stone", "cloud", "bird", "fish", "moon")

@@ -9,12 +9,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import psutil
 
-from largebatch.data.records import Record
-from largebatch.data.schedule import Schedule, SourceShape
-from largebatch.data.shards import ShardWriter, resolve_source
 from largebatch.data.source import Source
 from largebatch.data.stream import Stream
 from largebatch.data.text import TextSettings, train_tokenizer
+from largebatch.order.schedule import Schedule, SourceShape
+from largebatch.shards.find import resolve_source
+from largebatch.shards.records import Record
+from largebatch.shards.write import ShardWriter
 from largebatch.world import World
 
 WARM_UP_EPOCHS = 3

@@ -19,8 +19,8 @@ import psutil
 from cli import TINY_MODEL, Running, running, write_retrieval_set
 
 from largebatch.data.holes import read_holes
-from largebatch.data.records import Record
-from largebatch.data.shards import ShardWriter
+from largebatch.shards.records import Record
+from largebatch.shards.write import ShardWriter
 from largebatch.world import part_of_rank
 
 GLOBAL_BATCH = 12

@@ -54,7 +54,7 @@ class WarmProcess(subprocess.Popen[str]):
 def _import_once() -> None:
     """Import here what each process would after its fork."""
     for module in (
-        "largebatch.commands.compose",
+        "largebatch.cli.compose",
         "largebatch.evaluate.retrieval",
         "largebatch.parallel.fsdp",
         "largebatch.parallel.make",

@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from largebatch.batch import Chunk, RankBatch, Texts
-from largebatch.data.chunks import distinct_texts
 from largebatch.model.encoder import Encoder
+from largebatch.step.distinct import distinct_texts
 
 USEFUL_UNITS = 3.0
 USEFUL_LOSS = 6.0

@@ -19,9 +19,9 @@ from largebatch.bench.machine import device_name, number_format
 from largebatch.bench.matmul import linear_shapes, measure_matmul
 from largebatch.bench.peaks import peak_flops_per_s
 from largebatch.config import TrainConfig
-from largebatch.gradcache import StepReport
 from largebatch.parallel.collectives import Collectives
 from largebatch.phases import PHASES, PhaseClock, phase, timed_phases
+from largebatch.step.gradcache import StepReport
 from largebatch.train.build import build_encoder, build_step
 from largebatch.train.feed import Feed
 from largebatch.train.memory import forget_peak, peak_memory_gib

@@ -111,7 +111,7 @@ def draw_plots(folder: Path, machine: Mapping[str, Any], rows: Sequence[Row]) ->
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from largebatch.train.plot_style import BLUE, STYLE, save_figure, short_number
+    from largebatch.plot_style import BLUE, STYLE, save_figure, short_number
 
     measured = [(_one_line(row.case), row.figures) for row in rows if row.figures is not None]
     names = [name for name, _ in measured]

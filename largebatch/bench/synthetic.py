@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from largebatch.data.records import Record
-from largebatch.data.shards import ShardWriter
+from largebatch.shards.records import Record
+from largebatch.shards.write import ShardWriter
 
 SIGMA = 0.8
 MEDIAN_SHARE = 1 / 3

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from largebatch.commands.failures import RanksFailed, describe
-from largebatch.commands.launch import launch
+from largebatch.cli.failures import RanksFailed, describe
+from largebatch.cli.launch import launch
 from largebatch.config import SourceConfig, TrainConfig
 from largebatch.config.bench import SYNTHETIC, BenchConfig, Case
 from largebatch.data.text import TextSettings

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from largebatch.commands.failures import end_failed_rank, report
-from largebatch.commands.launch import prepare_rank
+from largebatch.cli.failures import end_failed_rank, report
+from largebatch.cli.launch import prepare_rank
 from largebatch.files import write_text
 
 
@@ -26,17 +26,13 @@ def main(file: str) -> int:
 
 
 def _measure(order: dict[str, Any]) -> None:
-    from omegaconf import DictConfig, OmegaConf
-
     from largebatch.bench.machine import describe_machine
     from largebatch.bench.measure import Plan, measure_case
-    from largebatch.commands.compose import build
+    from largebatch.cli.compose import build_from
     from largebatch.config import TrainConfig
     from largebatch.train.process import connected
 
-    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), order["config"])
-    assert isinstance(merged, DictConfig)
-    config: TrainConfig = build(merged)
+    config: TrainConfig = build_from(order["config"], TrainConfig)
     warmup, steps, repeats, trace = order["plan"]
     plan = Plan(warmup, steps, repeats, None if trace is None else Path(trace))
     with connected(config) as rank:

@@ -12,12 +12,12 @@ from rich.text import Text
 
 from largebatch.commands.run_data import open_run_data
 from largebatch.config.tools import DataShowConfig
-from largebatch.curate.preview import ShownRow, ShownText, as_json, read_batch
 from largebatch.data.holes import rows_by_step
+from largebatch.data.preview import ShownRow, ShownText, as_json, read_batch
 from largebatch.data.reader import Reader
-from largebatch.data.schedule import Schedule
 from largebatch.data.stream import text_at
 from largebatch.errors import UserError
+from largebatch.order.schedule import Schedule
 from largebatch.train.build import build_schedule, text_phases
 
 WITHOUT_TOKENS_CHARS = 2000

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from largebatch.cli.progress import byte_progress
 from largebatch.commands.data_show import printable
-from largebatch.commands.progress import byte_progress
 from largebatch.commands.run_data import RunData, open_run_data
 from largebatch.config.tools import DataStatsConfig
 from largebatch.curate.length_plots import SourceLengths, draw_lengths
@@ -26,8 +26,8 @@ from largebatch.curate.statistics import (
     share_above,
     source_shares,
 )
-from largebatch.data.ids import RepeatedIds, tell_repeated
 from largebatch.files import write_text, writing
+from largebatch.shards.ids import RepeatedIds, tell_repeated
 from largebatch.train.build import text_phases
 
 EXAMPLE_CHARS = 160

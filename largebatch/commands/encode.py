@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from largebatch.config import EncodeConfig
 from largebatch.curate.rows import expand, find_inputs, read_rows
-from largebatch.data.files import KINDS, KNOWN, numbered_lines, split_ending
+from largebatch.data.tables import KINDS, KNOWN, numbered_lines, split_ending
 from largebatch.errors import UserError
 from largebatch.evaluate.beir import text_of
 from largebatch.files import written_aside

@@ -2,11 +2,11 @@
 
 from rich.console import Console
 
-from largebatch.commands.progress import byte_progress
+from largebatch.cli.progress import byte_progress
 from largebatch.config import IndexConfig
-from largebatch.data.index import INDEX_NAME
-from largebatch.data.scan import build_index, shard_files
 from largebatch.errors import UserError
+from largebatch.shards.index import INDEX_NAME
+from largebatch.shards.scan import build_index, shard_files
 
 
 def run(config: IndexConfig) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from largebatch.commands.progress import byte_progress
+from largebatch.cli.progress import byte_progress
 from largebatch.config import PairsConfig
 from largebatch.curate.code_pairs import CodePair, extract_all, find_source_files, installed_roots
 from largebatch.curate.split import package_families, split_pairs
@@ -120,8 +120,8 @@ def _write(config: PairsConfig, folder: Path) -> dict[str, Any]:
 
 
 def _write_train(pairs: Sequence[CodePair], folder: Path, *, records_per_shard: int) -> None:
-    from largebatch.data.records import Record
-    from largebatch.data.shards import ShardWriter
+    from largebatch.shards.records import Record
+    from largebatch.shards.write import ShardWriter
 
     with ShardWriter(folder, records_per_shard=records_per_shard) as writer:
         for pair in pairs:

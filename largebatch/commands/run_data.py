@@ -9,12 +9,12 @@ import yaml
 from largebatch.batch import Hole
 from largebatch.config import TrainConfig
 from largebatch.data.holes import read_holes
-from largebatch.data.schedule import Schedule
 from largebatch.data.source import Source
 from largebatch.data.text import TextSettings, lower_texts
 from largebatch.errors import UserError
 from largebatch.model.pretrained import load_tokenizer
 from largebatch.model.settings import cut_at_tokenizer, merged_settings
+from largebatch.order.schedule import Schedule
 from largebatch.train.build import build_schedule, build_sources
 from largebatch.train.resume import check_same_run
 

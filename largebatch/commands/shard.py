@@ -3,11 +3,11 @@
 from rich.console import Console
 from rich.table import Table
 
-from largebatch.commands.progress import row_progress
+from largebatch.cli.progress import row_progress
 from largebatch.config import ShardConfig
 from largebatch.curate.convert import Counts, convert
 from largebatch.curate.rows import find_inputs
-from largebatch.data.ids import tell_repeated
+from largebatch.shards.ids import tell_repeated
 
 
 def run(config: ShardConfig) -> None:

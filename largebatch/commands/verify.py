@@ -4,13 +4,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from largebatch.commands.progress import byte_progress
+from largebatch.cli.progress import byte_progress
 from largebatch.config import VerifyConfig
-from largebatch.data.index import ShardIndex
-from largebatch.data.locations import is_remote
-from largebatch.data.shards import find_files
-from largebatch.data.verify import verify
 from largebatch.errors import UserError
+from largebatch.shards.find import find_files
+from largebatch.shards.index import ShardIndex
+from largebatch.shards.verify import verify
+from largebatch.stores.locations import is_remote
 
 
 def run(config: VerifyConfig) -> None:

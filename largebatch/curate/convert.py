@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 from largebatch.config import ShardConfig, least_of, suggest
 from largebatch.curate.rows import Input, read_rows
-from largebatch.data.files import Row
-from largebatch.data.grades import KEPT_ASIDE, same_value
-from largebatch.data.ids import IdCounter, RepeatedIds
-from largebatch.data.records import (
+from largebatch.data.tables import Row
+from largebatch.errors import UserError
+from largebatch.shards.grades import KEPT_ASIDE, same_value
+from largebatch.shards.ids import IdCounter, RepeatedIds
+from largebatch.shards.index import INDEX_NAME, ShardIndex
+from largebatch.shards.records import (
     BLANKS,
     NEGATIVES,
     NO_GRADE,
@@ -26,8 +28,7 @@ from largebatch.data.records import (
     record_from_mapping,
     texts_of,
 )
-from largebatch.data.shards import INDEX_NAME, ShardIndex, ShardWriter, UnfitRecordError
-from largebatch.errors import UserError
+from largebatch.shards.write import ShardWriter, UnfitRecordError
 
 # Reasons for leaving a row out, as they stand in index.json.
 EMPTY, TOO_SHORT, TOO_LONG, DUPLICATE, NO_POSITIVE = REASONS = (

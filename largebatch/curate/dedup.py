@@ -57,10 +57,11 @@ from largebatch.curate.dedup_workers import (
 from largebatch.curate.duplicates import Numbers
 from largebatch.curate.minhash import Hashes
 from largebatch.curate.textfile import TextFileWriter
-from largebatch.data.index import INDEX_NAME
-from largebatch.data.shards import ShardWriter, resolve_source, shard_names
 from largebatch.errors import UserError
 from largebatch.files import remove, reserve, writing
+from largebatch.shards.find import resolve_source, shard_names
+from largebatch.shards.index import INDEX_NAME
+from largebatch.shards.write import ShardWriter
 
 Stage = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Begins a stage, given its title and number of units; what it gives counts those that are done."""

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from largebatch.data.records import Record
 from largebatch.files import write_text
+from largebatch.shards.records import Record
 
 REPORT_NAME = "report.json"
 EXAMPLES_PER_SOURCE = 5

@@ -17,11 +17,11 @@ from largebatch.curate.contamination import EvaluationIndex, NearSettings
 from largebatch.curate.convert import extra_fields
 from largebatch.curate.minhash import Bands, Hashes
 from largebatch.curate.textfile import TextFile
-from largebatch.data.files import Row
-from largebatch.data.index import Segment
-from largebatch.data.records import Record, field_names
-from largebatch.data.segment import SegmentRecords, read_segment
+from largebatch.data.tables import Row
 from largebatch.errors import DataError
+from largebatch.shards.index import Segment
+from largebatch.shards.records import Record, field_names
+from largebatch.shards.segment import SegmentRecords, read_segment
 
 T = TypeVar("T")
 

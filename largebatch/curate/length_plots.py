@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from largebatch.curate.statistics import SIDES, Lengths, share_above
-from largebatch.train.plot_style import (
+from largebatch.plot_style import (
     BLUE,
     GREEN,
     ORANGE,

@@ -1,11 +1,11 @@
-"""Reads what people have, files (see `data/files.py`), BEIR and Hugging Face data sets, by row."""
+"""Reads what people have, files (see `data/tables.py`), BEIR and Hugging Face data sets, by row."""
 
 import glob
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from largebatch.data.files import (
+from largebatch.data.tables import (
     BATCH_ROWS,
     KINDS,
     KNOWN,
@@ -20,8 +20,8 @@ from largebatch.data.files import (
     readable_columns,
     split_ending,
 )
-from largebatch.data.index import INDEX_NAME
 from largebatch.errors import UserError
+from largebatch.shards.index import INDEX_NAME
 
 
 class Input(NamedTuple):

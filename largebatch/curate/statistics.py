@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from largebatch.curate.preview import count_tokens
-from largebatch.data.ids import IdCounter, RepeatedIds
-from largebatch.data.records import Record
-from largebatch.data.schedule import Schedule
+from largebatch.data.preview import count_tokens
 from largebatch.data.source import Source
 from largebatch.data.text import TextSettings
 from largebatch.errors import DataError
+from largebatch.order.schedule import Schedule
+from largebatch.shards.ids import IdCounter, RepeatedIds
+from largebatch.shards.records import Record
 
 SIDES = ("query", "document", "negative")
 KINDS_OF_DUPLICATES = ("pair", "query", "document")

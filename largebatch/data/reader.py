@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, repeat
 
 from largebatch.batch import Hole
-from largebatch.data.locations import is_remote
-from largebatch.data.records import Record
-from largebatch.data.schedule import Schedule
-from largebatch.data.segment import SegmentRecords
 from largebatch.data.source import Source
 from largebatch.errors import DataError
+from largebatch.order.schedule import Schedule
+from largebatch.shards.records import Record
+from largebatch.shards.segment import SegmentRecords
+from largebatch.stores.locations import is_remote
 
 REMOTE_READS = 8
 """Segments of a remote store that are read at once."""

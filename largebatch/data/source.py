@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from largebatch.data.index import SegmentTable, Shard
-from largebatch.data.retries import DEFAULT_RETRIES, Retries
-from largebatch.data.segment import SegmentRecords, read_segment
-from largebatch.data.shards import shard_names
 from largebatch.data.text import TextSettings
+from largebatch.shards.find import shard_names
+from largebatch.shards.index import SegmentTable, Shard
+from largebatch.shards.segment import SegmentRecords, read_segment
+from largebatch.stores.retries import DEFAULT_RETRIES, Retries
 
 IndexArray = npt.NDArray[np.int64]
 

@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from largebatch.batch import Hole, RankBatch, Texts
 from largebatch.data.reader import Reader
-from largebatch.data.records import Record
-from largebatch.data.schedule import Schedule
-from largebatch.data.segment import SegmentRecords
 from largebatch.data.source import Source
 from largebatch.data.text import TextSettings, tokenize
 from largebatch.errors import DataError, UserError
+from largebatch.order.schedule import Schedule
+from largebatch.shards.records import Record
+from largebatch.shards.segment import SegmentRecords
 from largebatch.world import World, part_of_rank
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from largebatch.data.files import json_objects, numbered_lines
+from largebatch.data.tables import json_objects, numbered_lines
 from largebatch.errors import UserError
 from largebatch.files import written_aside
 

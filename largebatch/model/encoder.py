@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from largebatch.batch import Chunk, Texts
 from largebatch.config import PACKINGS, POOLINGS, suggest
-from largebatch.data.chunks import Rows, pack_chunks, pad_chunks, plan_chunks
 from largebatch.data.text import TextSettings, lower_texts, pad_token_of, tokenize
 from largebatch.errors import UserError
 from largebatch.model.attention import (
@@ -27,6 +26,7 @@ from largebatch.model.attention import (
     use_packed_attention,
     why_not_packable,
 )
+from largebatch.model.chunks import Rows, pack_chunks, pad_chunks, plan_chunks
 from largebatch.model.compiled import checkpoint_layers as checkpoint_layers_of
 from largebatch.model.compiled import compile_layers, is_compiled, plain_shape
 from largebatch.model.finite import check_embeddings, check_weights, damaged_weight

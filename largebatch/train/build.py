@@ -10,23 +10,23 @@ from typing import Any
 import torch
 
 from largebatch.config import CurriculumConfig, TextConfig, TrainConfig, longer_than
-from largebatch.data.retries import Retries
-from largebatch.data.schedule import Reweighting, Schedule, SourceShape
-from largebatch.data.shards import resolve_source
 from largebatch.data.source import Source
 from largebatch.data.stream import TextPhase, sample_texts
 from largebatch.data.text import TextSettings, train_tokenizer
 from largebatch.errors import UserError
 from largebatch.files import written_aside
-from largebatch.gradcache import GradCache
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.temperature import Temperature
 from largebatch.model.encoder import Encoder
 from largebatch.model.export import save_settings
 from largebatch.model.pretrained import load_tokenizer
+from largebatch.order.schedule import Reweighting, Schedule, SourceShape
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.make import make_strategy
 from largebatch.parallel.strategy import Strategy
+from largebatch.shards.find import resolve_source
+from largebatch.step.gradcache import GradCache
+from largebatch.stores.retries import Retries
 
 TOKENIZER_RECORDS = 100_000
 """Records that a tokenizer is trained on, spread over the sources."""

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from largebatch.train.loggers import METRICS_FILE, read_metrics
-from largebatch.train.plot_style import (
+from largebatch.plot_style import (
     BLUE,
     GREEN,
     ORANGE,
@@ -27,6 +26,7 @@ from largebatch.train.plot_style import (
     style_axes,
     write_labels,
 )
+from largebatch.train.loggers import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,7 +2,7 @@
 
 1. The learning rate is a function of the step.
 2. GradCache embeds this rank's texts, contrasts them with those of all ranks, and puts the gradient
-   of the global batch into `.grad`, the same on all ranks (see gradcache.py).
+   of the global batch into `.grad`, the same on all ranks (see step/gradcache.py).
 3. The gradient is clipped by its norm over all parameters, the temperature's included.
 4. AdamW moves the weights; a learned temperature is brought back into its bounds.
 """
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from largebatch.batch import RankBatch
 from largebatch.config import TrainConfig
-from largebatch.gradcache import GradCache, StepReport
 from largebatch.out_of_memory import ends_with
 from largebatch.parallel.strategy import Strategy
 from largebatch.phases import phase
+from largebatch.step.gradcache import GradCache, StepReport
 from largebatch.train.optim import learning_rate
 
 OPTIMIZER_RAN_OUT = (

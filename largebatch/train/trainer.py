@@ -12,15 +12,15 @@ import yaml
 from filelock import FileLock, Timeout
 
 from largebatch.batch import RankBatch, Texts
-from largebatch.budget import KeepPlan
 from largebatch.config import TrainConfig
-from largebatch.dropout import rank_seed
 from largebatch.errors import UserError
 from largebatch.files import write_text, writing, written_aside
 from largebatch.model.encoder import Encoder
 from largebatch.model.finite import check_weights
 from largebatch.parallel.collectives import Collectives
 from largebatch.phases import phase
+from largebatch.step.dropout import rank_seed
+from largebatch.step.memory import KeepPlan
 from largebatch.train.build import build_encoder, build_step, in_force
 from largebatch.train.checkpoint import (
     Best,

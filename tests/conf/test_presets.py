@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from largebatch.commands.compose import build, compose, resolve
-from largebatch.commands.overrides import expand_preset
-from largebatch.commands.presets import conf_folder, open_presets
-from largebatch.commands.table import COMMANDS
+from largebatch.cli.compose import build, compose, resolve
+from largebatch.cli.overrides import expand_preset
+from largebatch.cli.presets import conf_folder, open_presets
+from largebatch.cli.table import COMMANDS
 from largebatch.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -13,10 +13,10 @@ import pytest
 from cli import largebatch, running, train_line, write_retrieval_set, write_shards
 from filelock import FileLock
 
-from largebatch.data.scan import build_index
-from largebatch.data.schedule import Schedule, SourceShape
-from largebatch.data.shards import resolve_source
 from largebatch.data.text import train_tokenizer
+from largebatch.order.schedule import Schedule, SourceShape
+from largebatch.shards.find import resolve_source
+from largebatch.shards.scan import build_index
 from largebatch.world import part_of_rank
 
 pytestmark = pytest.mark.slow

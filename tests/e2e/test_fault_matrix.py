@@ -40,14 +40,14 @@ from numerics.tiny_run import same, tensors, tiny_config, train_on_ranks
 
 from largebatch.batch import Hole
 from largebatch.config import DataConfig, EvalConfig, LoggerConfig, SourceConfig
-from largebatch.data import index as index_module
-from largebatch.data import remote
 from largebatch.data.holes import read_holes
-from largebatch.data.index import ShardIndex
-from largebatch.data.packed import pack
-from largebatch.data.scan import build_index
 from largebatch.data.text import TextSettings, train_tokenizer
 from largebatch.errors import DataError, UserError
+from largebatch.shards import index as index_module
+from largebatch.shards.index import ShardIndex
+from largebatch.shards.packed import pack
+from largebatch.shards.scan import build_index
+from largebatch.stores import remote
 from largebatch.train import trainer
 from largebatch.train.feed import Feed
 from largebatch.world import World

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 READ_AND_WAIT = """
 import sys, time
 from pathlib import Path
-from largebatch.data.schedule import Schedule, SourceShape
-from largebatch.data.shards import resolve_source
+from largebatch.order.schedule import Schedule, SourceShape
+from largebatch.shards.find import resolve_source
 from largebatch.data.source import Source
 from largebatch.data.stream import Stream
 from largebatch.data.text import TextSettings, train_tokenizer

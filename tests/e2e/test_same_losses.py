@@ -30,10 +30,10 @@ from largebatch.config import (
     PoolingConfig,
     TextConfig,
 )
-from largebatch.data.records import Record
-from largebatch.data.shards import ShardWriter
 from largebatch.model import attention
 from largebatch.parallel.deepspeed_build import prepare
+from largebatch.shards.records import Record
+from largebatch.shards.write import ShardWriter
 from largebatch.train import trainer
 
 pytestmark = pytest.mark.slow

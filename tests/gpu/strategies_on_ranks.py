@@ -19,10 +19,10 @@ from numerics.reference import (
 )
 
 from largebatch.config import OptimConfig
-from largebatch.gradcache import GradCache
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.make import make_strategy
 from largebatch.parallel.process_group import choose_device, process_group, world_from_environment
+from largebatch.step.gradcache import GradCache
 
 
 def main(device_name: str, name: str) -> None:

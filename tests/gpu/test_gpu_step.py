@@ -15,7 +15,7 @@ from numerics.reference import (
     tiny_loss,
 )
 
-from largebatch.gradcache import GradCache
+from largebatch.step.gradcache import GradCache
 from largebatch.train.memory import forget_peak, peak_memory_gib
 
 KEEPS = ("none", "layers", "products", "all")

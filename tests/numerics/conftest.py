@@ -2,8 +2,8 @@
 
 import pytest
 
-from largebatch import passes
-from largebatch.model.keep import LEVELS
+from largebatch.step import passes
+from largebatch.step.keep import LEVELS
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from largebatch.batch import Texts
 from largebatch.config import OptimConfig
-from largebatch.gradcache import GradCache, StepReport
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import ReplicatedModel
+from largebatch.step.gradcache import GradCache, StepReport
 from largebatch.world import part_of_rank
 
 NEGATIVES = [[7, 8, 9], [10] * 20, DOCUMENTS[0]]

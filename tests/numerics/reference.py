@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from largebatch.batch import Texts
-from largebatch.data.chunks import pad_chunks
 from largebatch.data.text import train_tokenizer
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.temperature import Temperature
+from largebatch.model.chunks import pad_chunks
 from largebatch.model.encoder import Encoder
 
 WORDS = [f"word{number}" for number in range(80)]

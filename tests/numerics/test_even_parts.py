@@ -16,14 +16,13 @@ from numerics.uneven import (
     texts_of,
 )
 
-from largebatch import balance, gradcache
-from largebatch.balance import Part, even_out
 from largebatch.batch import Texts
-from largebatch.data.chunks import take_texts
-from largebatch.data.hashes import id_hashes
-from largebatch.gradcache import GradCache
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.deepspeed_build import prepare
+from largebatch.step import balance, gradcache
+from largebatch.step.balance import Part, even_out
+from largebatch.step.gradcache import GradCache
+from largebatch.step.hashes import id_hashes
 
 CPU = torch.device("cpu")
 NO_DROPOUT = [name for name, case in CASES.items() if not case.dropout]
@@ -90,7 +89,7 @@ def documents_change_places():
     def read(*arguments):
         part = plain(*arguments)
         backwards = np.arange(part.documents.num_texts)[::-1]
-        return part._replace(documents=take_texts(part.documents, backwards))
+        return part._replace(documents=part.documents.take(backwards))
 
     balance._read = read
 

@@ -17,13 +17,13 @@ from numerics.reference import (
 )
 
 from largebatch.batch import Texts
-from largebatch.data.hashes import id_hashes
 from largebatch.errors import UserError
-from largebatch.gradcache import GradCache
 from largebatch.losses.infonce import ContrastiveLoss, info_nce
 from largebatch.losses.masks import FalseNegatives
-from largebatch.objective import ContrastiveObjective, hash_pairs
+from largebatch.objectives.contrastive import ContrastiveObjective, hash_pairs
 from largebatch.parallel.collectives import Collectives
+from largebatch.step.gradcache import GradCache
+from largebatch.step.hashes import id_hashes
 from largebatch.world import part_of_rank
 
 NUM_PAIRS, NUM_NEGATIVES, WIDTH = 14, 7, 5

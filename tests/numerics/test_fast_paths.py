@@ -24,12 +24,12 @@ from numerics.uneven import (
     plain_gradient,
 )
 
-import largebatch.gradcache as gradcache_module
 import largebatch.model.encoder as encoder_module
-import largebatch.model.keep as keep_module
-import largebatch.objective as objective_module
+import largebatch.objectives.contrastive as objective_module
 import largebatch.parallel.deepspeed as deepspeed_module
-import largebatch.passes as passes_module
+import largebatch.step.gradcache as gradcache_module
+import largebatch.step.keep as keep_module
+import largebatch.step.passes as passes_module
 from largebatch.batch import Run
 from largebatch.model import attention
 from largebatch.parallel import fsdp

@@ -19,11 +19,12 @@ from numerics.reference import (
 )
 
 from largebatch.batch import Texts
-from largebatch.data.chunks import distinct_texts, pad_chunks
-from largebatch.gradcache import GradCache
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.temperature import Temperature
-from largebatch.model.keep import LEVELS
+from largebatch.model.chunks import pad_chunks
+from largebatch.step.distinct import distinct_texts
+from largebatch.step.gradcache import GradCache
+from largebatch.step.keep import LEVELS
 from largebatch.world import part_of_rank
 
 NEGATIVES = random_texts(7, longest=20, seed=3)

@@ -18,14 +18,17 @@ from numerics.reference import (
     tiny_loss,
 )
 
-from largebatch import passes
 from largebatch.batch import Texts
-from largebatch.budget import KeepPlan, measured_budget
 from largebatch.config import OptimConfig, StrategyConfig
 from largebatch.errors import UserError
-from largebatch.gradcache import GradCache
-from largebatch.model import keep as keep_module
-from largebatch.model.keep import (
+from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.ddp import backward, one_reduction
+from largebatch.parallel.deepspeed_build import prepare
+from largebatch.parallel.make import make_strategy
+from largebatch.step import keep as keep_module
+from largebatch.step import passes
+from largebatch.step.gradcache import GradCache
+from largebatch.step.keep import (
     LEVELS,
     LevelCost,
     _Counter,
@@ -34,10 +37,7 @@ from largebatch.model.keep import (
     measure_levels,
     time_levels,
 )
-from largebatch.parallel.collectives import Collectives
-from largebatch.parallel.ddp import backward, one_reduction
-from largebatch.parallel.deepspeed_build import prepare
-from largebatch.parallel.make import make_strategy
+from largebatch.step.memory import KeepPlan, measured_budget
 
 QUERIES = random_texts(20, longest=12, seed=1)
 DOCUMENTS = random_texts(20, longest=30, seed=2)

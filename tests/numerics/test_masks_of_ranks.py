@@ -12,13 +12,13 @@ from numerics.reference import (
     tiny_encoder,
 )
 
-from largebatch import passes
 from largebatch.batch import Chunk
-from largebatch.dropout import masks_of_rank, rank_seed, state_hash
-from largebatch.gradcache import GradCache
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.temperature import Temperature
 from largebatch.parallel.collectives import Collectives
+from largebatch.step import passes
+from largebatch.step.dropout import masks_of_rank, rank_seed, state_hash
+from largebatch.step.gradcache import GradCache
 
 CPU = torch.device("cpu")
 TEXTS = DOCUMENTS[:5]

@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from largebatch.batch import Texts
 from largebatch.config import OptimConfig
-from largebatch.model.keep import measure_levels
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.deepspeed_build import prepare
 from largebatch.parallel.make import make_strategy
+from largebatch.step.keep import measure_levels
 
 CPU = torch.device("cpu")
 STRATEGIES = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]

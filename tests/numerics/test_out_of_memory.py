@@ -31,14 +31,14 @@ from numerics.tiny_run import (
     write_data,
 )
 
-import largebatch.passes
+import largebatch.step.passes
 from largebatch.config import OptimConfig
 from largebatch.errors import UserError
-from largebatch.gradcache import GradCache
-from largebatch.model.keep import embed_keeping
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import ReplicatedModel
-from largebatch.passes import push
+from largebatch.step.gradcache import GradCache
+from largebatch.step.keep import embed_keeping
+from largebatch.step.passes import push
 from largebatch.train import trainer
 from largebatch.world import part_of_rank
 
@@ -69,7 +69,7 @@ def seen_passes(monkeypatch):
         push(passes, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(largebatch.passes, "push", note)
+        patch.setattr(largebatch.step.passes, "push", note)
         yield seen
 
 
@@ -121,7 +121,7 @@ def test_chunks_that_were_embedded_are_not_embedded_again(monkeypatch):
             raise torch.OutOfMemoryError
         return embed_keeping(forward, chunk, level)
 
-    monkeypatch.setattr(largebatch.passes, "embed_keeping", embed)
+    monkeypatch.setattr(largebatch.step.passes, "embed_keeping", embed)
     with seen_passes(monkeypatch) as passes:
         step(QUERIES, DOCUMENTS)
     found = gradients(encoder, loss)
@@ -151,7 +151,7 @@ def test_less_is_kept(monkeypatch, options):
             raise torch.OutOfMemoryError
         return embed_keeping(forward, chunk, level)
 
-    monkeypatch.setattr(largebatch.passes, "embed_keeping", embed)
+    monkeypatch.setattr(largebatch.step.passes, "embed_keeping", embed)
     with seen_passes(monkeypatch) as passes:
         first = step.report(QUERIES, DOCUMENTS)
     assert first.units == 4
@@ -246,7 +246,7 @@ def largest_chunk(config, most_tokens):
         sizes.append(chunk.input_ids.numel())
         return embed_keeping(forward, chunk, level)
 
-    largebatch.passes.embed_keeping = embed
+    largebatch.step.passes.embed_keeping = embed
     trainer.train(config)
     return max(sizes)
 
@@ -277,7 +277,7 @@ def train_short_of_memory(config):
             raise torch.OutOfMemoryError
         return embed_keeping(forward, chunk, level)
 
-    largebatch.passes.embed_keeping = embed
+    largebatch.step.passes.embed_keeping = embed
     trainer.train(config)
 
 

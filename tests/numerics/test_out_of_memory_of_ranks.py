@@ -18,16 +18,16 @@ from numerics.reference import (
 )
 from numerics.test_out_of_memory import memory_for
 
-from largebatch import budget, passes
 from largebatch.batch import Texts
 from largebatch.config import OptimConfig
 from largebatch.errors import UserError
-from largebatch.gradcache import GradCache
 from largebatch.losses.infonce import ContrastiveLoss
-from largebatch.model.keep import LEVELS
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.deepspeed_build import prepare
 from largebatch.parallel.make import make_strategy
+from largebatch.step import chunk_size, passes
+from largebatch.step.gradcache import GradCache
+from largebatch.step.keep import LEVELS
 from largebatch.train import step as train_step_module
 from largebatch.world import part_of_rank
 
@@ -174,7 +174,7 @@ def choose_on_rank(name, limit, *, no_texts=False):
 
     encoder.make_chunks = make_chunks
     with memory_for(encoder, replay=limit if rank else 10**6):
-        chosen = budget.choose_tokens_per_chunk(
+        chosen = chunk_size.choose_tokens_per_chunk(
             encoder, texts, strategy=strategy, smallest=32, largest=256, tries=2
         )
     return chosen, sizes, all(p.grad is None for p in loss.parameters())
@@ -216,7 +216,7 @@ def test_sharded_ranks_try_no_size_that_one_has_no_room_for(name):
 
     def on_rank():
         rank = Collectives().world.rank
-        budget._should_fit = lambda sample, _: rank == 0 or sample.chunks[0].num_tokens <= 70
+        chunk_size._should_fit = lambda sample, _: rank == 0 or sample.chunks[0].num_tokens <= 70
         return choose_on_rank(name, 70)
 
     (chosen, sizes, _), other = run_ranks(on_rank, 2)
@@ -227,12 +227,12 @@ def test_sharded_ranks_try_no_size_that_one_has_no_room_for(name):
 
 def test_a_size_fits_by_what_the_one_before_took(monkeypatch):
     encoder = tiny_encoder()
-    sample = budget._sample(encoder, Texts.from_lists(DOCUMENTS), 128)
-    assert budget._should_fit(sample, 10**12)  # nobody knows on a CPU
+    sample = chunk_size._sample(encoder, Texts.from_lists(DOCUMENTS), 128)
+    assert chunk_size._should_fit(sample, 10**12)  # nobody knows on a CPU
     on_gpu = sample._replace(chunks=[FakeChunk(100), FakeChunk(80)])
-    monkeypatch.setattr(budget, "free_bytes", lambda _: 1000)
-    assert budget._should_fit(on_gpu, 8.0)
-    assert not budget._should_fit(on_gpu, 8.1)
+    monkeypatch.setattr(chunk_size, "free_bytes", lambda _: 1000)
+    assert chunk_size._should_fit(on_gpu, 8.0)
+    assert not chunk_size._should_fit(on_gpu, 8.1)
 
 
 class FakeChunk:

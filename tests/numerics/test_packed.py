@@ -7,8 +7,8 @@ from numerics.reference import WORDS, gradients, random_texts, relative_error, t
 
 from largebatch.batch import Texts
 from largebatch.data.text import train_tokenizer
-from largebatch.gradcache import GradCache
 from largebatch.model.encoder import WORTH_PACKING, Encoder
+from largebatch.step.gradcache import GradCache
 from largebatch.world import part_of_rank
 
 QUERIES = random_texts(11, longest=9, seed=1)

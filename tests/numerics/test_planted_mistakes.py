@@ -18,27 +18,27 @@ from numerics.reference import (
     tiny_loss,
 )
 
-import largebatch.gradcache
 import largebatch.model.encoder as encoder_module
-import largebatch.model.keep as keep_module
-import largebatch.objective
+import largebatch.objectives.contrastive
+import largebatch.step.gradcache
+import largebatch.step.keep as keep_module
 from largebatch.batch import Run, Texts
-from largebatch.data.chunks import DistinctTexts, distinct_texts
-from largebatch.gradcache import GradCache, RandomState
 from largebatch.model import attention
 from largebatch.parallel import collectives, ddp
+from largebatch.step.distinct import DistinctTexts, distinct_texts
+from largebatch.step.gradcache import GradCache, RandomState
 from largebatch.world import part_of_rank
 
 
 def lose_world_size_factor():
     """The loss is divided by all rows, and then averaged over ranks once more."""
-    plain = largebatch.objective.ContrastiveObjective.__call__
+    plain = largebatch.objectives.contrastive.ContrastiveObjective.__call__
 
     def call(self, *embeddings, **options):
         value = plain(self, *embeddings, **options)
         return value._replace(rank_loss=value.rank_loss / self.collectives.world.size)
 
-    largebatch.objective.ContrastiveObjective.__call__ = call
+    largebatch.objectives.contrastive.ContrastiveObjective.__call__ = call
 
 
 def drop_other_ranks_rows():
@@ -52,14 +52,14 @@ def drop_other_ranks_rows():
 
 def average_over_unequal_parts():
     """Each rank takes the mean over its own rows, however many they are."""
-    plain = largebatch.objective.ContrastiveObjective.__call__
+    plain = largebatch.objectives.contrastive.ContrastiveObjective.__call__
 
     def call(self, queries, documents, negatives, **options):
         value = plain(self, queries, documents, negatives, **options)
         right = NUM_PAIRS / self.collectives.world.size
         return value._replace(rank_loss=value.rank_loss * right / len(queries))
 
-    largebatch.objective.ContrastiveObjective.__call__ = call
+    largebatch.objectives.contrastive.ContrastiveObjective.__call__ = call
 
 
 def forget_the_temperature():
@@ -158,7 +158,7 @@ def texts_merged_by_their_length(monkeypatch):
         kept = [texts.tokens[starts[i] :][: texts.lengths[i]].tolist() for i in first]
         return DistinctTexts(Texts.from_lists(kept), found.places)
 
-    monkeypatch.setattr(largebatch.gradcache, "distinct_texts", merge)
+    monkeypatch.setattr(largebatch.step.gradcache, "distinct_texts", merge)
 
 
 def only_the_first_kept_chunk(monkeypatch):
@@ -167,8 +167,8 @@ def only_the_first_kept_chunk(monkeypatch):
     def push(embeddings, gradients, *, last):
         backward(embeddings[:1], gradients[:1], last=last)
 
-    backward = largebatch.gradcache.backward_locally
-    monkeypatch.setattr(largebatch.gradcache, "backward_locally", push)
+    backward = largebatch.step.gradcache.backward_locally
+    monkeypatch.setattr(largebatch.step.gradcache, "backward_locally", push)
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.config import OptimConfig, StrategyConfig
-from largebatch.gradcache import GradCache
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.deepspeed_build import prepare
 from largebatch.parallel.fsdp import FullyShardedModel
 from largebatch.parallel.make import make_strategy
+from largebatch.step.gradcache import GradCache
 from largebatch.train.checkpoint import (
     Tensors,
     checkpoint_path,

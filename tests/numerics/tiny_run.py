@@ -20,9 +20,9 @@ from largebatch.config import (
     TextConfig,
     TrainConfig,
 )
-from largebatch.data.records import Record
-from largebatch.data.shards import ShardWriter
 from largebatch.evaluate.beir import RetrievalSet, save_retrieval_set
+from largebatch.shards.records import Record
+from largebatch.shards.write import ShardWriter
 from largebatch.train import trainer
 
 STEPS, STOP = 6, 3

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from largebatch.batch import Texts
 from largebatch.config import OptimConfig
-from largebatch.data.chunks import distinct_texts
-from largebatch.gradcache import GradCache
 from largebatch.model import compiled
 from largebatch.model.compiled import plain_shape
 from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.make import make_strategy
 from largebatch.parallel.strategy import Strategy
+from largebatch.step.distinct import distinct_texts
+from largebatch.step.gradcache import GradCache
 
 NUM_PAIRS, NUM_NEGATIVES, NUM_LONG = 13, 5, 4
 BUDGET = 90

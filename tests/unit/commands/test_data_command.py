@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import yaml
 
-from largebatch.commands import app
+from largebatch.cli import app
 from largebatch.commands.data_show import choose_rows, printable
-from largebatch.curate.preview import assign_rows
-from largebatch.data.records import Record
-from largebatch.data.shards import ShardWriter
+from largebatch.data.preview import assign_rows
 from largebatch.data.stream import Stream
 from largebatch.data.text import TextSettings, train_tokenizer
+from largebatch.shards.records import Record
+from largebatch.shards.write import ShardWriter
 from largebatch.train.build import build_schedule, build_sources, text_phases
 from largebatch.world import World
 

@@ -4,10 +4,10 @@ import pytest
 
 from largebatch.commands import dedup
 from largebatch.config import DedupConfig
-from largebatch.data.records import Record
-from largebatch.data.shards import ShardWriter
 from largebatch.errors import UserError
 from largebatch.evaluate.beir import RetrievalSet, save_retrieval_set
+from largebatch.shards.records import Record
+from largebatch.shards.write import ShardWriter
 
 
 def write(folder, pairs):

@@ -11,7 +11,7 @@ from cli import SHORT_RUN, TINY_MODEL, write_retrieval_set, write_shards
 from dist import run_ranks
 from numerics.reference import tiny_encoder
 
-from largebatch.commands.app import main
+from largebatch.cli.app import main
 
 
 @pytest.fixture(scope="module")

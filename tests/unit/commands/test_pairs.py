@@ -5,10 +5,10 @@ import pytest
 
 from largebatch.commands import pairs as command
 from largebatch.config import PairsConfig
-from largebatch.data.segment import read_segment
-from largebatch.data.shards import resolve_source
 from largebatch.errors import UserError
 from largebatch.evaluate.beir import load_retrieval_set
+from largebatch.shards.find import resolve_source
+from largebatch.shards.segment import read_segment
 
 
 @pytest.fixture

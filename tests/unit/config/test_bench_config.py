@@ -1,6 +1,6 @@
 import pytest
 
-from largebatch.commands import app
+from largebatch.cli import app
 from largebatch.config import HardwareConfig, StrategyConfig
 from largebatch.config.bench import BenchConfig, Case
 from largebatch.config.data import DataConfig, SourceConfig

@@ -13,10 +13,11 @@ from pyarrow import parquet
 from largebatch.config import ShardConfig
 from largebatch.curate.convert import convert
 from largebatch.curate.rows import find_inputs
-from largebatch.data.records import Record
-from largebatch.data.segment import read_segment
-from largebatch.data.shards import ShardIndex, resolve_source
 from largebatch.errors import UserError
+from largebatch.shards.find import resolve_source
+from largebatch.shards.index import ShardIndex
+from largebatch.shards.records import Record
+from largebatch.shards.segment import read_segment
 
 
 def run(path, folder, *, on_row=lambda: None, **options):
@@ -189,7 +190,7 @@ def test_two_files_numbered_alike_keep_their_ids_which_are_counted(tmp_path):
 
 
 def test_a_record_that_is_too_large_is_named_by_its_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("largebatch.data.shards.MAX_RECORD_BYTES", 100)
+    monkeypatch.setattr("largebatch.shards.write.MAX_RECORD_BYTES", 100)
     rows = [{"id": 0, "query": "q", "document": "d"}, {"id": 0, "query": "q", "document": 99 * "d"}]
     path = write(tmp_path / "a.jsonl", rows)
     with pytest.raises(UserError, match=r"a.jsonl, line 2: record '0' takes 1\d\d bytes"):

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from largebatch.config import DedupConfig
 from largebatch.curate import minhash
 from largebatch.curate.dedup import deduplicate
-from largebatch.data.index import ShardIndex
-from largebatch.data.records import Record
-from largebatch.data.segment import read_segment
-from largebatch.data.shards import ShardWriter, resolve_source
 from largebatch.errors import UserError
+from largebatch.shards.find import resolve_source
+from largebatch.shards.index import ShardIndex
+from largebatch.shards.records import Record
+from largebatch.shards.segment import read_segment
+from largebatch.shards.write import ShardWriter
 
 WORDS = [f"word{n}" for n in range(3000)]
 

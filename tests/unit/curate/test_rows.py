@@ -10,7 +10,7 @@ import zstandard
 from pyarrow import parquet
 
 from largebatch.curate.rows import find_inputs, read_rows
-from largebatch.data.files import read_file, readable_columns
+from largebatch.data.tables import read_file, readable_columns
 from largebatch.errors import UserError
 
 ROWS = [

@@ -12,11 +12,12 @@ from largebatch.curate.statistics import (
     share_above,
     source_shares,
 )
-from largebatch.data.records import Record
-from largebatch.data.schedule import Reweighting, Schedule, SourceShape
-from largebatch.data.shards import ShardWriter, resolve_source
 from largebatch.data.source import Source
 from largebatch.data.text import TextSettings, train_tokenizer
+from largebatch.order.schedule import Reweighting, Schedule, SourceShape
+from largebatch.shards.find import resolve_source
+from largebatch.shards.records import Record
+from largebatch.shards.write import ShardWriter
 
 TEXT = TextSettings(query_prompt="ask: ", query_max_tokens=8, document_max_tokens=12)
 

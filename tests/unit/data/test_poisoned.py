@@ -22,11 +22,11 @@ import zstandard
 
 from largebatch.commands import index
 from largebatch.config import IndexConfig
-from largebatch.data.index import Segment
-from largebatch.data.packed import pack
-from largebatch.data.segment import read_segment
-from largebatch.data.shards import resolve_source
 from largebatch.errors import DataError, UserError
+from largebatch.shards.find import resolve_source
+from largebatch.shards.index import Segment
+from largebatch.shards.packed import pack
+from largebatch.shards.segment import read_segment
 
 MIB = 2**20
 PAIR = b'{"query": "q", "document": "d"}'

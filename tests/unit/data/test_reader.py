@@ -8,12 +8,12 @@ import pytest
 
 from largebatch.batch import Hole
 from largebatch.data import reader as reader_module
-from largebatch.data.index import Segment, SegmentTable, Shard
 from largebatch.data.reader import REMOTE_READS, Reader
-from largebatch.data.records import Record
-from largebatch.data.schedule import Schedule, SourceShape
 from largebatch.data.source import Source
 from largebatch.errors import DataError
+from largebatch.order.schedule import Schedule, SourceShape
+from largebatch.shards.index import Segment, SegmentTable, Shard
+from largebatch.shards.records import Record
 
 SEGMENTS, SIZE, GLOBAL_BATCH, BYTES = 12, 10, 30, 100
 ALL = range(GLOBAL_BATCH)

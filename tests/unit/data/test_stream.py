@@ -9,13 +9,14 @@ from dist import run_ranks
 
 from largebatch.batch import Texts
 from largebatch.data.holes import rows_by_step
-from largebatch.data.records import Record
-from largebatch.data.schedule import Schedule, SourceShape
-from largebatch.data.shards import ShardWriter, resolve_source
 from largebatch.data.source import Source
 from largebatch.data.stream import Stream, TextPhase, sample_texts
 from largebatch.data.text import TextSettings, train_tokenizer
 from largebatch.errors import UserError
+from largebatch.order.schedule import Schedule, SourceShape
+from largebatch.shards.find import resolve_source
+from largebatch.shards.records import Record
+from largebatch.shards.write import ShardWriter
 from largebatch.world import World
 
 NUM_RECORDS, GLOBAL_BATCH = 2300, 37  # more than two segments, and nothing divides

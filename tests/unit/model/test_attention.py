@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from numerics.reference import WORDS, random_texts
 
 from largebatch.batch import Packing, Run, Texts
-from largebatch.data.chunks import pack_chunks, plan_chunks
 from largebatch.data.text import train_tokenizer
 from largebatch.errors import UserError
 from largebatch.model import attention
 from largebatch.model.attention import ATTENTION_NAME, PACKABLE, packed_attention, why_not_packable
+from largebatch.model.chunks import pack_chunks, plan_chunks
 from largebatch.model.encoder import Encoder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

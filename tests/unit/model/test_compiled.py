@@ -19,17 +19,18 @@ from numerics.reference import (
 from torch import nn
 from torch._dynamo.utils import counters
 
-from largebatch import passes
 from largebatch.batch import Texts
-from largebatch.budget import KeepPlan
 from largebatch.config import OptimConfig, StrategyConfig
 from largebatch.errors import UserError
-from largebatch.gradcache import GradCache
 from largebatch.model import compiled
 from largebatch.model.compiled import check_compiler, compile_layers, is_compiled, plain_shape
-from largebatch.model.keep import LEVELS, LevelCost, RandomState, measure_levels
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.make import make_strategy
+from largebatch.step import passes
+from largebatch.step.dropout import RandomState
+from largebatch.step.gradcache import GradCache
+from largebatch.step.keep import LEVELS, LevelCost, measure_levels
+from largebatch.step.memory import KeepPlan
 
 # torch warns of itself while it compiles, and hides that, but not where warnings are errors.
 pytestmark = [

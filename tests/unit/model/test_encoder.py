@@ -15,10 +15,10 @@ from numerics.reference import WORDS, tiny_encoder
 from safetensors.torch import load_file, save_file
 
 from largebatch.batch import Texts
-from largebatch.data.chunks import pad_chunks, plan_chunks
 from largebatch.data.text import train_tokenizer
 from largebatch.errors import UserError
 from largebatch.model import encoder as encoder_module
+from largebatch.model.chunks import pad_chunks, plan_chunks
 from largebatch.model.encoder import Encoder
 
 RNG = np.random.default_rng(0)

@@ -9,7 +9,7 @@ from largebatch.batch import Chunk, Texts
 from largebatch.data.text import train_tokenizer
 from largebatch.model.attention import PACKABLE
 from largebatch.model.encoder import Encoder
-from largebatch.model.keep import embed_keeping
+from largebatch.step.keep import embed_keeping
 
 WAITING = {
     "aten::item",

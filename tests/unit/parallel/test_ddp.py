@@ -15,11 +15,11 @@ from numerics.reference import (
 )
 
 from largebatch.config import OptimConfig
-from largebatch.gradcache import GradCache
 from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.parallel import collectives as collectives_module
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import ReplicatedModel, average_gradients, start_equal
+from largebatch.step.gradcache import GradCache
 from largebatch.world import part_of_rank
 
 

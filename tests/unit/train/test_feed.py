@@ -12,9 +12,9 @@ from numerics.tiny_run import STEPS, STOP, tiny_config, train_on_ranks, write_da
 
 from largebatch.config import CurriculumConfig, DataConfig, EvalConfig, LoggerConfig, SourceConfig
 from largebatch.data.holes import read_holes
-from largebatch.data.records import Record
-from largebatch.data.shards import ShardWriter
 from largebatch.errors import UserError
+from largebatch.shards.records import Record
+from largebatch.shards.write import ShardWriter
 from largebatch.train import trainer
 from largebatch.train.checkpoint import checkpoint_path, list_checkpoints
 from largebatch.train.feed import Feed

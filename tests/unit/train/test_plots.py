@@ -5,7 +5,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from largebatch.train.plot_style import Series, smooth
+from largebatch.plot_style import Series, smooth
 from largebatch.train.plots import draw_plots
 
 

@@ -18,9 +18,9 @@ from largebatch.config import (
     TrainConfig,
 )
 from largebatch.errors import UserError
-from largebatch.gradcache import GradCache, StepReport
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import ReplicatedModel
+from largebatch.step.gradcache import GradCache, StepReport
 from largebatch.train.build import build_loss
 from largebatch.train.checkpoint import checkpoint_path
 from largebatch.train.metrics import StepMeter

@@ -1,0 +1,1 @@
+"""The command line around Hydra: compose, check, help, launch."""

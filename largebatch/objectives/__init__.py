@@ -1,0 +1,1 @@
+"""What is optimized: a file for each objective."""

@@ -1,0 +1,1 @@
+"""Which record is in which batch: pure arithmetic."""

@@ -1,0 +1,401 @@
+"""What a training record is, and how one is recognized in the fields that others use.
+
+Which field is what, where `fields` does not say so. The first line whose two names are both there
+counts:
+
+| query       | document            | used by                                          |
+|-------------|---------------------|--------------------------------------------------|
+| `query`     | `document`          | this project                                     |
+| `anchor`    | `positive`          | sentence-transformers                            |
+| `query`     | `positive`          | sentence-transformers                            |
+| `query`     | `pos`               | FlagEmbedding (a list)                           |
+| `query`     | `positive_passages` | tevatron (a list of `{docid, title, text}`)      |
+| `query`     | `pos_doc`           | NeMo Automodel (texts or `{text}`, or lists)     |
+| `question`  | `pos_doc`           | NeMo Automodel                                   |
+| `query`     | `text`              | BEIR (a query beside its document's text)        |
+| `query`     | `passage`           | MS MARCO and its kin                             |
+| `query`     | `answer`            | sentence-transformers' embedding-training sets   |
+| `question`  | `answer`            | sentence-transformers' embedding-training sets   |
+| `title`     | `abstract`          | sentence-transformers' embedding-training sets   |
+| `title`     | `body`              | sentence-transformers' embedding-training sets   |
+| `sentence1` | `sentence2`         | sentence-transformers                            |
+
+Negatives are `negatives`, `negative`, `neg`, `negative_passages` and `neg_doc`, each also numbered
+(`negative_0`, `negative_1`, ...), one text or a list. The id is `id`, `_id`, `query_id`,
+`query-id` or `question_id`.
+
+A document is a text, or an object with `text` and maybe `title`, which is put before it. Of several
+positives the first that is not blank is the document; the others are left out, as blank negatives
+are.
+
+A row with a field that grades the pair (`label`, `score`, `is_duplicate`, ...; see `grades.py`) is
+a record only if that field says yes, or nothing; a list of as many grades as there are positives
+must say so of each. `fields` may name the one field that grades, as
+`grade`; `none` says that none does, so that every row is a positive pair.
+"""
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from largebatch.config import suggest
+from largebatch.errors import DataError
+from largebatch.shards.grades import is_grade, says_positive
+
+PAIRS = (
+    ("query", "document"),
+    ("anchor", "positive"),
+    ("query", "positive"),
+    ("query", "pos"),
+    ("query", "positive_passages"),
+    ("query", "pos_doc"),
+    ("question", "pos_doc"),
+    ("query", "text"),
+    ("query", "passage"),
+    ("query", "answer"),
+    ("question", "answer"),
+    ("title", "abstract"),
+    ("title", "body"),
+    ("sentence1", "sentence2"),
+)
+NEGATIVES = ("negatives", "negative", "neg", "negative_passages", "neg_doc")
+IDS = ("id", "_id", "query_id", "query-id", "question_id")
+
+# What `fields.grade` says where no field grades the pairs.
+NO_GRADE = "none"
+
+# What shows nothing of itself: white space, control characters, and zero-width characters.
+BLANKS = "".join(
+    chr(i)
+    for i in (*range(0x3001), 0xFEFF, 0xFFF9, 0xFFFA, 0xFFFB)
+    if unicodedata.category(chr(i)) in ("Cc", "Cf", "Zs", "Zl", "Zp")
+) + (
+    # Letters and symbols by category, and empty all the same.
+    "\u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0"
+)
+_BLANK_CHARS = frozenset(BLANKS)
+
+MAX_FIELDS = 1000
+
+# Rows of a set have the same fields again and again, so the search is done once per set. Bounded in
+# both ways, for names come from strangers.
+_CACHE: dict[tuple[tuple[str, ...], tuple[tuple[str, str], ...]], "FieldNames"] = {}
+_CACHED_SETS, _CACHED_CHARS = 1024, 4096
+
+
+class Record(NamedTuple):
+    """One training pair."""
+
+    query: str
+    """The query, without a prompt."""
+    document: str
+    """The document that answers it, without a prompt."""
+    negatives: list[str]
+    """Documents that don't answer it; often none."""
+    source: str
+    """Name of the set that it is from."""
+    id: str
+    """What it is called. It may repeat within a source; a record's place does not."""
+
+
+class FieldNames(NamedTuple):
+    """Which fields of a row hold what."""
+
+    query: str
+    """Field of the query."""
+    document: str
+    """Field of the document."""
+    negatives: tuple[str, ...]
+    """Fields of the negatives, in order."""
+    id: str | None
+    """Field of the id, where there is one."""
+    grades: tuple[str, ...] = ()
+    """Fields that may say that the pair is no positive one."""
+    other_grades: tuple[str, ...] = ()
+    """Fields that would be among them by their names, and are not looked at."""
+
+
+def record_from_mapping(
+    mapping: Mapping[str, Any],
+    *,
+    fields: Mapping[str, str],
+    source: str,
+    default_id: str,
+    where: str,
+) -> Record:
+    """Turn a decoded row into a record.
+
+    `fields` names the row's own fields for any of query, document, negatives, id and grade; the
+    others are recognized (see the top of this file). An empty `source` leaves the row's own
+    `source`, where it has one. `default_id` is the id of a row without one. `where` begins the
+    message of an error: file and line, or shard and member. A text that is null becomes empty.
+
+    Raises DataError if a field that `fields` names is absent, if no query or document is
+    recognized, if a text is no text, or if a grade says that the pair is no positive one.
+
+    >>> record_from_mapping(
+    ...     {"anchor": "a", "positive": "b", "negative_1": "c"},
+    ...     fields={}, source="s", default_id="7", where="pairs.jsonl, line 8",
+    ... )
+    Record(query='a', document='b', negatives=['c'], source='s', id='7')
+    """
+    try:
+        record = make_record(mapping, fields=fields, source=source, default_id=default_id)
+        _check_unicode(record, _cached_field_names(mapping, fields))
+    except DataError as error:
+        raise DataError(f"{where}: {error}", kind=error.kind) from None
+    return record
+
+
+def make_record(
+    mapping: Mapping[str, Any], *, fields: Mapping[str, str], source: str, default_id: str
+) -> Record:
+    """Do the same for texts that are known to be valid Unicode, with errors that name no place."""
+    names = _cached_field_names(mapping, fields)
+    query, document = mapping[names.query], mapping[names.document]
+    for name in names.grades:
+        grade = mapping[name]
+        # A grade for each of the documents; lists of other lengths grade something else.
+        is_of_each = isinstance(grade, list) and len(grade) == _num_items(document)
+        if not all(says_positive(name, one) for one in (grade if is_of_each else [grade])):
+            raise _graded(name, grade)
+    if query is None:
+        query = ""
+    elif not isinstance(query, str):
+        raise _not_text(query, names.query)
+    if not isinstance(document, str):
+        documents = _texts(document, names.document)
+        document = next((text for text in documents if not is_blank(text)), "")
+    negatives: list[str] = []
+    for name in names.negatives:
+        negatives += [text for text in _texts(mapping[name], name) if not is_blank(text)]
+    if not source:
+        own_source = mapping.get("source")
+        source = own_source if isinstance(own_source, str) else ""
+    record_id = default_id if names.id is None else _id(mapping[names.id], names.id, default_id)
+    return Record(query, document, negatives, source, record_id)
+
+
+def field_names(mapping: Mapping[str, Any], *, fields: Mapping[str, str], where: str) -> FieldNames:
+    """Find which fields of a row hold what; arguments and errors as in `record_from_mapping`."""
+    try:
+        return _cached_field_names(mapping, fields)
+    except DataError as error:
+        raise DataError(f"{where}: {error}", kind=error.kind) from None
+
+
+def texts_of(value: Any, *, field: str, where: str) -> list[str]:
+    """Return the texts in a field: a text, an object with `text` and maybe `title`, or a list.
+
+    Raises DataError if it is something else; also for a reference by id to a corpus elsewhere.
+    """
+    try:
+        return _texts(value, field)
+    except DataError as error:
+        raise DataError(f"{where}: {error}", kind=error.kind) from None
+
+
+def is_blank(text: str) -> bool:
+    r"""Whether a text holds nothing that shows.
+
+    >>> [is_blank(text) for text in ("", " \n", "\u00a0", "\u200b \ufeff", "a")]
+    [True, True, True, True, False]
+    """
+    return not text or (text[0] in _BLANK_CHARS and not text.strip(BLANKS))
+
+
+def _texts(value: Any, field: str) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if value is None:
+        return []
+    if isinstance(value, Mapping):
+        value = _rows(value)
+    elif not isinstance(value, Sequence) or isinstance(value, bytes):
+        raise _not_text(value, field)
+    return [_text(item, field) for item in value if item is not None]
+
+
+def _num_items(value: Any) -> int:
+    return len(value) if isinstance(value, list) else 1
+
+
+def _cached_field_names(mapping: Mapping[str, Any], fields: Mapping[str, str]) -> FieldNames:
+    key = tuple(mapping), tuple(fields.items())
+    if (names := _CACHE.get(key)) is None:
+        names = _find_field_names(*key)
+        if len(_CACHE) < _CACHED_SETS and sum(map(len, key[0])) <= _CACHED_CHARS:
+            _CACHE[key] = names
+    return names
+
+
+def _find_field_names(present: tuple[str, ...], mapped: tuple[tuple[str, str], ...]) -> FieldNames:
+    if len(present) > MAX_FIELDS:
+        raise _field_error(
+            f"it has {len(present):,} fields, and at most {MAX_FIELDS:,} are allowed"
+        )
+    fields = dict(mapped)
+    for role, name in fields.items():
+        if role == "grade" and name == NO_GRADE:
+            continue
+        if name not in present and not (role == "negatives" and _numbered(name, present)):
+            raise _field_error(
+                f"fields.{role}={name!r} is not among its fields, {_listed(present)}"
+                f"{suggest(name, present)}"
+            )
+    query, document = fields.get("query"), fields.get("document")
+    free = [name for name in present if name not in (query, document)]
+    for query_name, document_name in PAIRS:
+        if query_name not in free and document_name not in free:
+            continue
+        if (query is None and query_name not in free) or (
+            document is None and document_name not in free
+        ):
+            continue
+        query, document = query or query_name, document or document_name
+        break
+    if query is None or document is None:
+        has_query = query is not None or any(name in free for name, _ in PAIRS)
+        has_document = document is not None or any(name in free for _, name in PAIRS)
+        missing = {
+            (False, False): "no query and no document",
+            (False, True): "no query",
+            (True, False): "no document",
+            (True, True): "no query with its document",
+        }[has_query, has_document]
+        raise _field_error(
+            f"{missing} is recognized among its fields, {_listed(present)}; "
+            "say which is what, for example 'fields={query: title, document: body}'"
+        )
+    candidates = (fields["negatives"],) if "negatives" in fields else NEGATIVES
+    negatives = [
+        name
+        for candidate in candidates
+        for name in ([candidate] if candidate in present else []) + _numbered(candidate, present)
+        if name not in (query, document)
+    ]
+    ids = [name for name in IDS if name in present and name not in (query, document, *negatives)]
+    record_id = fields.get("id", ids[0] if ids else None)
+    others = [n for n in present if n not in (query, document, record_id, *negatives)]
+    by_name = tuple(filter(is_grade, others))
+    wanted = fields.get("grade")
+    grades = by_name if wanted is None else () if wanted == NO_GRADE else (wanted,)
+    other_grades = tuple(name for name in by_name if name not in grades)
+    return FieldNames(query, document, tuple(negatives), record_id, grades, other_grades)
+
+
+def _numbered(name: str, present: Sequence[str]) -> list[str]:
+    pattern = re.compile(re.escape(name) + r"_(\d+)")
+    matches = [match for other in present if (match := pattern.fullmatch(other))]
+    return [match[0] for match in sorted(matches, key=lambda match: int(match[1]))]
+
+
+def _rows(value: Mapping[str, Any]) -> Sequence[Any]:
+    # Older versions of `datasets` give a list of objects as an object of lists.
+    if isinstance(value.get("text"), list):
+        return [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
+    return [value]
+
+
+def _text(item: Any, field: str) -> str:
+    if isinstance(item, str):
+        return item
+    if not isinstance(item, Mapping):
+        raise _not_text(item, field)
+    if "text" not in item:
+        cure = (
+            "it refers to a corpus elsewhere; put the document's text in its place"
+            if {"id", "docid", "_id"} & set(item)
+            else "its text must be named 'text'"
+        )
+        raise _field_error(
+            f"field {field!r} holds an object with {_listed(item)} and no text; {cure}"
+        )
+    text, title = item["text"] or "", item.get("title") or ""
+    for part in (text, title):
+        if not isinstance(part, str):
+            raise _not_text(part, field)
+    return f"{title} {text}" if title else text
+
+
+def _check_unicode(record: Record, names: FieldNames) -> None:
+    # JSON can hold half of a surrogate pair as an escape, which no tokenizer takes.
+    texts = [(names.query, record.query), (names.document, record.document)]
+    texts += [(", ".join(names.negatives), text) for text in record.negatives]
+    texts.append((names.id or "id", record.id))
+    for field, text in texts:
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"field {field!r} is no valid Unicode: half of a surrogate pair at character "
+                    f"{error.start}",
+                    kind="undecodable",
+                ) from None
+
+
+def _id(value: Any, field: str, default_id: str) -> str:
+    if isinstance(value, str):
+        return value if value.strip() else default_id
+    if value is None:
+        return default_id
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _field_error(
+            f"field {field!r} holds {_kind(value)}, and must hold text or an integer"
+        )
+    return str(value)
+
+
+def _not_text(value: Any, field: str) -> DataError:
+    return _field_error(f"field {field!r} holds {_kind(value)}, and must hold text")
+
+
+def _graded(name: str, value: Any) -> DataError:
+    shown = repr(value)
+    try:
+        is_scaled = float(value) % 1 != 0  # a text too: a csv file holds nothing else
+    except (TypeError, ValueError):
+        is_scaled = False
+    wanted = "'>=NUMBER'" if is_scaled else "VALUE"
+    # A name with a space or a dot can stand in braces only.
+    choice = (
+        f"positives.{name}={wanted}"
+        if re.fullmatch(r"\w+", name)
+        else (f"positives={{{name}: {wanted}}}")
+    )
+    cure = (
+        "give each positive a row of its own"
+        if isinstance(value, list)
+        else f'keep the rows that are, with `largebatch shard ... "{choice}"`'
+    )
+    return DataError(
+        f"field {name!r} grades the pair, and {shown if len(shown) <= 60 else f'{shown[:60]}...'} "
+        f"does not say that it is a positive one (as 1 or true would); {cure}, or set "
+        "fields.grade=none to take every row for one",
+        kind="graded",
+    )
+
+
+def _field_error(message: str) -> DataError:
+    return DataError(message, kind="field")
+
+
+def _kind(value: Any) -> str:
+    return {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        dict: "an object",
+        list: "a list",
+        type(None): "null",
+    }.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
+    if not names:
+        return "of which it has none"
+    first = [repr(name if len(name) <= 60 else f"{name[:60]}...") for name in list(names)[:20]]
+    more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
+    return ", ".join(first) + more

@@ -1,0 +1,1 @@
+"""Bytes of files, on this machine or in a remote store."""
