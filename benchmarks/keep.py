@@ -16,11 +16,11 @@ import sys
 import time
 
 import torch
+from largebatch.step.keep import LEVELS, measure_levels
 from packing import load, random_texts
 
 from largebatch import ContrastiveLoss, GradCache
 from largebatch.batch import Texts
-from largebatch.step.keep import LEVELS, measure_levels
 from largebatch.train.memory import bound_kernel_cache, peak_memory_gib
 
 
@@ -73,7 +73,7 @@ def measure(level: str, options: argparse.Namespace) -> dict[str, float]:
     )
     for _ in range(2):
         start = time.perf_counter()
-        report = step.report(queries, documents)
+        report = step.accumulate(rank_batch(queries, documents))
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -83,8 +83,8 @@ def measure(level: str, options: argparse.Namespace) -> dict[str, float]:
     held = float("nan") if keep == "auto" else costs[keep].bytes_per_token
     return {
         "seconds": seconds,
-        "units": report.units,
-        "held_mib": held * report.num_padded_tokens / 2**20,
+        "units": report.work.units,
+        "held_mib": held * report.work.num_padded_tokens / 2**20,
         "peak_mib": peak_mib,
     }
 

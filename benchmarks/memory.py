@@ -80,11 +80,11 @@ def measure(pairs: int, tokens_per_chunk: int) -> dict[str, float]:
     queries, documents = random_texts(32), random_texts(80)
     step = GradCache(encoder, ContrastiveLoss(), tokens_per_chunk=tokens_per_chunk)
     start = time.perf_counter()
-    report = step.report(queries, documents)
+    report = step.accumulate(rank_batch(queries, documents))
     seconds = time.perf_counter() - start
     mib = 2**20
     # A token is held as int32, and as int64 id and mask in its padded chunk.
-    texts_mib = (4 * report.num_tokens + 16 * report.num_padded_tokens) / mib
+    texts_mib = (4 * report.work.num_tokens + 16 * report.work.num_padded_tokens) / mib
     embeddings_mib = EMBEDDING_COPIES * 2 * pairs * WIDTH * 4 / mib
     peak_mib = peak_memory_gib(torch.device("cpu")) * 1024
     return {

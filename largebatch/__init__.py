@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from largebatch.errors import UserError
-    from largebatch.losses.infonce import ContrastiveLoss
     from largebatch.losses.temperature import Temperature
     from largebatch.model.encoder import Encoder
+    from largebatch.objectives.contrastive import ContrastiveLoss
     from largebatch.step.gradcache import GradCache
 
 __all__ = ["ContrastiveLoss", "Encoder", "GradCache", "Temperature", "UserError"]
 __version__ = "0.1.0"
 
 _MODULES = {
-    "ContrastiveLoss": "largebatch.losses.infonce",
+    "ContrastiveLoss": "largebatch.objectives.contrastive",
     "Encoder": "largebatch.model.encoder",
     "GradCache": "largebatch.step.gradcache",
     "Temperature": "largebatch.losses.temperature",

@@ -7,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from largebatch.config.data import LossOptions
+
 IntArray = npt.NDArray[np.int32]
 
 
@@ -73,26 +75,28 @@ class Hole(NamedTuple):
 class RankBatch(NamedTuple):
     """One rank's part of a global batch. Row `i` of queries and of documents is one pair."""
 
-    step: int
-    """Number of the optimizer step that this batch is for, from 0."""
-    ids: list[str]
-    """`[b]`, the ids of the records, each with its source before it: `source/id`. They may repeat:
-    what tells records apart is their place."""
     queries: Texts
     """`b` texts."""
     documents: Texts
     """`b` texts, each the positive of the query in the same row."""
     negatives: Texts
-    """`n` texts (any number), further columns for every query of the global batch."""
-    num_truncated: int
-    """How many texts were cut at their side's maximum number of tokens."""
-    symmetric: bool | None = None
-    """Whether the batch is matched both ways, the same on all ranks; None: as the loss says."""
-    same_ids: list[str] | None = None
-    """`[b]`, equal where the source says that records answer the same query; None, on all ranks, if
-    no source of the batch says so."""
+    """`n` texts (any number)."""
+    negative_counts: IntArray | None = None
+    """`[b]`, how many of the negatives are each query's own, in the queries' order. None, on all
+    ranks: they are nobody's own."""
+    same_ids: Sequence[str] | None = None
+    """`[b]`, equal where records answer the same query. None, on all ranks: nobody says so."""
+    loss_options: LossOptions = LossOptions()
+    """What the batch's source asks of the objective, the same on all ranks."""
+    step: int = 0
+    """Number of the optimizer step that this batch is for, from 0."""
+    ids: Sequence[str] = ()
+    """`[b]`, the ids of the records, each with its source before it: `source/id`. They may repeat:
+    what tells records apart is their place."""
     places: Sequence[tuple[int, int]] = ()
     """`b` pairs: the segment of the source that a record is in, and its number there."""
+    num_truncated: int = 0
+    """How many texts were cut at their side's maximum number of tokens."""
     num_holes: int = 0
     """Rows of this rank's part that are missing, since their records can't be used."""
     new_holes: Sequence[Hole] = ()

@@ -21,7 +21,7 @@ from largebatch.bench.peaks import peak_flops_per_s
 from largebatch.config import TrainConfig
 from largebatch.parallel.collectives import Collectives
 from largebatch.phases import PHASES, PhaseClock, phase, timed_phases
-from largebatch.step.gradcache import StepReport
+from largebatch.step.objective import Work
 from largebatch.train.build import build_encoder, build_step
 from largebatch.train.feed import Feed
 from largebatch.train.memory import forget_peak, peak_memory_gib
@@ -107,7 +107,9 @@ class _Case:
         self.encoder.to(device).train()
         self.forward_flops = count_forward(self.encoder)
         self.shapes = linear_shapes(self.encoder)
-        self.strategy, self.grad_cache = build_step(config, self.encoder, collectives, device)
+        self.objective, self.strategy, self.step = build_step(
+            config, self.encoder, collectives, device
+        )
         self.batches = feed.batches(self.encoder.tokenizer, self.encoder.text)
 
     def measure(self) -> dict[str, Any]:
@@ -126,14 +128,18 @@ class _Case:
         rate = self._matmul_rate()
         return self._figures(groups, rate, self._max(before_gib))
 
-    def _steps(self, count: int) -> Iterator[tuple[RankBatch, StepReport]]:
+    def _steps(self, count: int) -> Iterator[tuple[RankBatch, Work]]:
         for _ in range(count):
             with phase("data"):
                 batch = next(self.batches)
             result = train_step(
-                batch, grad_cache=self.grad_cache, strategy=self.strategy, config=self.config
+                batch,
+                step=self.step,
+                objective=self.objective,
+                strategy=self.strategy,
+                config=self.config,
             )
-            yield batch, result.report
+            yield batch, result.report.work
 
     def _time_group(self, clock: PhaseClock) -> _Group:
         wait_for(self.device)
@@ -147,18 +153,18 @@ class _Case:
         flops = [self._count(batch) for batch, _ in done]
         forget_peak(self.device)  # of counting
 
-        reports = [report for _, report in done]
+        works = [work for _, work in done]
         forward = sum(one.forward for one in flops)
         sums = [
             *(phases[name] for name in PHASES),
-            sum(report.num_tokens for report in reports),
-            sum(report.num_encoded_tokens for report in reports),
-            sum(report.num_padded_tokens for report in reports),
-            sum(report.num_chunks for report in reports),
+            sum(work.num_tokens for work in works),
+            sum(work.num_encoded_tokens for work in works),
+            sum(work.num_padded_tokens for work in works),
+            sum(work.num_chunks for work in works),
             sum(one.useful for one in flops),
-            sum(one.paid(report.units) for one, report in zip(flops, reports, strict=True)),
+            sum(one.paid(work.units) for one, work in zip(flops, works, strict=True)),
             forward,
-            sum(one.forward * report.units for one, report in zip(flops, reports, strict=True)),
+            sum(one.forward * work.units for one, work in zip(flops, works, strict=True)),
         ]
         total = self._sum(sums)
         num_phases, size = len(PHASES), self.collectives.world.size
@@ -180,12 +186,12 @@ class _Case:
 
     def _count(self, batch: RankBatch) -> StepFlops:
         (columns,) = self._sum([batch.documents.num_texts + batch.negatives.num_texts])
-        assert self.grad_cache.tokens_per_chunk is not None
+        assert self.step.memory.tokens_per_chunk is not None
         return count_step(
             self.encoder,
             self.forward_flops,
             batch,
-            self.grad_cache.tokens_per_chunk,
+            self.step.memory.tokens_per_chunk,
             columns=round(columns),
         )
 
@@ -204,11 +210,11 @@ class _Case:
         profiler.export_chrome_trace(str(file))
 
     def _matmul_rate(self) -> float:
-        assert self.grad_cache.tokens_per_chunk is not None
+        assert self.step.memory.tokens_per_chunk is not None
         self.collectives.barrier()
         rate = measure_matmul(
             self.shapes,
-            tokens=self.grad_cache.tokens_per_chunk,
+            tokens=self.step.memory.tokens_per_chunk,
             dtype=torch.bfloat16
             if self.config.hardware.precision == "bf16"
             else self.encoder.dtype,
@@ -246,7 +252,7 @@ class _Case:
             "repeated_share": 1 - middle.num_encoded_tokens / max(middle.num_tokens, 1),
             "tokens_per_step": middle.num_tokens / steps,
             "chunks_per_step": middle.num_chunks / steps,
-            "tokens_per_chunk": self.grad_cache.tokens_per_chunk,
+            "tokens_per_chunk": self.step.memory.tokens_per_chunk,
             "parameters": self.strategy.num_parameters,
         }
 

@@ -6,7 +6,7 @@ Hydra. The string under a field is its documentation, and what `largebatch <comm
 
 from largebatch.config.bench import BENCH_STRATEGIES, BenchConfig
 from largebatch.config.checks import least_of, suggest
-from largebatch.config.data import CurriculumConfig, DataConfig, SourceConfig
+from largebatch.config.data import CurriculumConfig, DataConfig, LossOptions, SourceConfig
 from largebatch.config.model import (
     PACKINGS,
     POOLINGS,
@@ -31,6 +31,7 @@ from largebatch.config.tools import (
 from largebatch.config.train import (
     KEEPS,
     SCHEDULES,
+    STRATEGIES,
     CheckpointConfig,
     EvalConfig,
     HardwareConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "PACKINGS",
     "POOLINGS",
     "SCHEDULES",
+    "STRATEGIES",
     "BackboneConfig",
     "BenchConfig",
     "CheckpointConfig",
@@ -63,6 +65,7 @@ __all__ = [
     "HardwareConfig",
     "IndexConfig",
     "LoggerConfig",
+    "LossOptions",
     "ObjectiveConfig",
     "OptimConfig",
     "PairsConfig",

@@ -1,14 +1,25 @@
 """Options of the data: sources, mixture, curriculum, faults, loading."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from largebatch.config.checks import Faults, suggest
 
 BATCHES = ("one_source", "mixed")
 TAILS = ("carry", "drop")
+NEGATIVES = ("all", "own")
 FAULT_POLICIES = ("fail", "skip")
 MAX_SIZE_EXPONENT = 10
 """So that weights of any numbers of records are finite numbers."""
+
+
+@dataclass(kw_only=True)
+class LossOptions:
+    """What a source asks of the objective, for its own batches."""
+
+    symmetric: bool | None = None
+    """Whether its batches are matched both ways. Unset: objective.symmetric."""
+    negatives: str | None = None
+    """Whose its records' negatives are: all or own. Unset: objective.negatives."""
 
 
 @dataclass(kw_only=True)
@@ -33,8 +44,7 @@ class SourceConfig:
     """Put before this source's documents and negatives. Unset: text.document_prompt."""
     max_negatives: int | None = None
     """Most negatives of a record that are used; 0: none. Unset: all that it has."""
-    symmetric: bool | None = None
-    """Whether this source's batches are matched both ways. Unset: objective.symmetric."""
+    loss: LossOptions = field(default_factory=LossOptions)
     mask_same_id: bool = False
     """Whether records with the same id answer the same query, however it is put: then their
     documents are no negatives of each other's queries. false: records are told apart by their
@@ -49,6 +59,8 @@ class SourceConfig:
             faults.above(f"{key}.epochs", self.epochs, 0)
         if self.max_negatives is not None:
             faults.at_least(f"{key}.max_negatives", self.max_negatives, 0)
+        if self.loss.negatives is not None:
+            faults.one_of(f"{key}.loss.negatives", self.loss.negatives, NEGATIVES)
 
 
 @dataclass(kw_only=True)
@@ -188,12 +200,14 @@ class DataConfig:
                 f"no source has a weight above 0{since}; raise one of {named}",
             )
         drawn = {name: one for name, one in self.sources.items() if self.is_drawn(name)}
-        by_symmetric = {source.symmetric: name for name, source in drawn.items()}
-        faults.check(
-            self.batches != "mixed" or len(by_symmetric) <= 1,
-            f"{' and '.join(f'data.sources.{name}.symmetric' for name in by_symmetric.values())} "
-            "differ, which mixed batches can't have; set them alike, or data.batches=one_source",
-        )
+        for option in fields(LossOptions):
+            by_value = {getattr(one.loss, option.name): name for name, one in drawn.items()}
+            keys = [f"data.sources.{name}.loss.{option.name}" for name in by_value.values()]
+            faults.check(
+                self.batches != "mixed" or len(by_value) <= 1,
+                f"{' and '.join(keys)} differ, which mixed batches can't have; set them alike, or "
+                "data.batches=one_source",
+            )
 
     def _check_curriculum(self, faults: Faults) -> None:
         steps = [phase.from_step for phase in self.curriculum]

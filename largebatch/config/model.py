@@ -1,12 +1,21 @@
 """Options of the model and the objective."""
 
+import pkgutil
 from dataclasses import dataclass, field
 from typing import Any
 
+from largebatch import objectives
 from largebatch.config.checks import Faults
+from largebatch.config.data import NEGATIVES
 
 PACKINGS = ("auto", "on", "off")
-POOLINGS = ("cls", "mean", "last", "weighted_mean")
+POOLINGS = {
+    "cls": "FirstToken",
+    "mean": "Mean",
+    "last": "LastToken",
+    "weighted_mean": "WeightedMean",
+}
+"""The class of each pooling in `largebatch/model/pooling.py`."""
 
 
 @dataclass(kw_only=True)
@@ -33,12 +42,10 @@ class BackboneConfig:
     embeddings: auto (where it is faster), on or off."""
     compile: bool = False
     """Whether the layers go through torch.compile, which takes a minute at the start and needs a
-    C++ compiler. Texts are then padded, not packed, and `keep` is none, all or auto. Not with
-    strategy.zero_stage=3."""
+    C++ compiler. Texts are then padded, not packed. Not with strategy.zero_stage=3."""
     checkpoint_layers: bool = False
     """For long texts: whether each layer runs again in the backward pass, so that a chunk's graph
-    holds no more than the layers' inputs. Costs one forward pass more; `keep` is none, all or
-    auto."""
+    holds no more than the layers' inputs. Costs one forward pass more."""
 
     def __post_init__(self) -> None:
         faults = Faults()
@@ -126,11 +133,28 @@ class TemperatureConfig:
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
-    """What is minimized: InfoNCE over the documents of the whole global batch."""
+    """What is minimized."""
 
+    name: str = "contrastive"
+    """A file of largebatch/objectives/. contrastive: InfoNCE over the documents of the whole global
+    batch."""
     symmetric: bool = False
     """Whether documents must also find their query among all queries (as in CLIP and GTE)."""
     mask_duplicates: bool = True
     """Whether columns that the batch itself shows to answer a query (the same text or query on any
     rank; the same id, where data.sources.NAME.mask_same_id says so) are left out of its negatives.
     train/masked_share is how many these are."""
+    negatives: str = "all"
+    """Whose the records' own negatives are. all: every query of the global batch is contrasted with
+    them; own: only the query of their record."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.one_of("objective.name", self.name, objective_names())
+        faults.one_of("objective.negatives", self.negatives, NEGATIVES)
+        faults.finish()
+
+
+def objective_names() -> list[str]:
+    """Return the names of the objectives: the modules of `largebatch.objectives`."""
+    return sorted(module.name for module in pkgutil.iter_modules(objectives.__path__))

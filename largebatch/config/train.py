@@ -17,7 +17,12 @@ from largebatch.config.model import (
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 PRECISIONS = ("float32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
-STRATEGIES = ("ddp", "fsdp", "deepspeed")
+STRATEGIES = {
+    "ddp": "ddp:ReplicatedModel",
+    "fsdp": "fsdp:FullyShardedModel",
+    "deepspeed": "deepspeed:DeepSpeedModel",
+}
+"""The class of each strategy, in its module of `largebatch.parallel`."""
 ZERO_STAGES = (0, 1, 2, 3)
 NOT_IN_DEEPSPEED_CONFIG = {
     "optimizer": "optim.*",
@@ -27,7 +32,7 @@ NOT_IN_DEEPSPEED_CONFIG = {
     "train_batch_size": "global_batch",
     "train_micro_batch_size_per_gpu": "tokens_per_chunk, which cuts a batch into chunks",
 }
-KEEPS = ("auto", "none", "layers", "products", "all")
+KEEPS = ("none", "all", "auto")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -268,13 +273,12 @@ class TrainConfig:
     """Tokens, padding included, that go through the encoder at once: bounds the memory of a step.
     auto: the fastest of a few sizes, tried at the start and kept with the run."""
     keep: str = "none"
-    """What the first pass keeps for the backward pass: none (each chunk is embedded again: least
-    memory), layers (a little of each layer), products (what is expensive to compute), all (no
-    second forward pass: memory of the plain full batch), or auto (of those that are faster for it,
-    what fits into keep_gib)."""
+    """Which chunks keep their graph from the forward to the backward pass, and so are not embedded
+    again: none (least memory), all (memory of the plain full batch), or auto (as many as fit into
+    keep_gib)."""
     keep_gib: float | None = None
-    """Memory of a rank for what is kept, in GiB; chunks that don't fit keep less. Unset: as much as
-    it takes; for keep=auto on a GPU: what is free."""
+    """Memory of a rank for graphs that are kept, in GiB; chunks beyond it keep nothing. Unset: as
+    much as it takes; for keep=auto on a GPU: what is free."""
     balance: bool = True
     """Whether ranks exchange pairs, so that none has more tokens to embed than the others. Changes
     nothing but rounding, and which dropout masks are drawn."""

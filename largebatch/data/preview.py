@@ -154,9 +154,10 @@ def _show_records(
         if isinstance(record, Record):
             source = by_name[record.source]
             query_prompt, document_prompt = source.prompts(text)
-            texts[row] = [ShownText(query_prompt + record.query, len(query_prompt))] + [
-                ShownText(document_prompt + document, len(document_prompt))
-                for document in (record.document, *record.negatives[: source.max_negatives])
+            used = source.used_texts(record, text)
+            texts[row] = [ShownText(used.query, len(query_prompt))] + [
+                ShownText(document, len(document_prompt))
+                for document in (used.document, *used.negatives)
             ]
     if tokenizer is None:
         return texts

@@ -7,13 +7,23 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
+from largebatch.config.data import LossOptions
 from largebatch.data.text import TextSettings
 from largebatch.shards.find import shard_names
 from largebatch.shards.index import SegmentTable, Shard
+from largebatch.shards.records import Record
 from largebatch.shards.segment import SegmentRecords, read_segment
 from largebatch.stores.retries import DEFAULT_RETRIES, Retries
 
 IndexArray = npt.NDArray[np.int64]
+
+
+class UsedTexts(NamedTuple):
+    """The texts of a record as they go to the tokenizer."""
+
+    query: str
+    document: str
+    negatives: list[str]
 
 
 class Source(NamedTuple):
@@ -35,8 +45,8 @@ class Source(NamedTuple):
     """Put before its documents and negatives; None: the model's own prompt."""
     max_negatives: int | None = None
     """Most negatives of a record that are used."""
-    symmetric: bool | None = None
-    """Whether its batches are matched both ways; None: as the loss says."""
+    loss: LossOptions = LossOptions()
+    """What it asks of the objective."""
     mask_same_id: bool = False
     """Whether records with the same id answer the same query."""
     max_chars: int | None = None
@@ -97,6 +107,15 @@ class Source(NamedTuple):
         return (
             text.query_prompt if query is None else query,
             text.document_prompt if document is None else document,
+        )
+
+    def used_texts(self, record: Record, text: TextSettings) -> UsedTexts:
+        """Return the texts of a record that a run uses, each with its prompt before it."""
+        query_prompt, document_prompt = self.prompts(text)
+        return UsedTexts(
+            query_prompt + record.query,
+            document_prompt + record.document,
+            [document_prompt + negative for negative in record.negatives[: self.max_negatives]],
         )
 
     def fingerprint(self) -> str:

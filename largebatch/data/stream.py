@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -170,25 +171,16 @@ class _BatchMaker:
         by_name = {source.name: source for source in sources}
         source_of = [by_name[record.source] for record in records]
         text = text_at(self.text_phases, step)
-        prompts = [source.prompts(text) for source in source_of]
-        queries, cut_queries = self._tokenize(
-            [prompt + record.query for (prompt, _), record in zip(prompts, records, strict=True)],
-            text.query_max_tokens,
-        )
+        used = [
+            source.used_texts(record, text)
+            for source, record in zip(source_of, records, strict=True)
+        ]
+        queries, cut_queries = self._tokenize([one.query for one in used], text.query_max_tokens)
         documents, cut_documents = self._tokenize(
-            [
-                prompt + record.document
-                for (_, prompt), record in zip(prompts, records, strict=True)
-            ],
-            text.document_max_tokens,
+            [one.document for one in used], text.document_max_tokens
         )
         negatives, cut_negatives = self._tokenize(
-            [
-                prompt + negative
-                for (_, prompt), source, record in zip(prompts, source_of, records, strict=True)
-                for negative in record.negatives[: source.max_negatives]
-            ],
-            text.document_max_tokens,
+            [negative for one in used for negative in one.negatives], text.document_max_tokens
         )
         ids = [f"{record.source}/{record.id}" for record in records]
         place = self.reader.schedule.rows(step, rows)
@@ -209,8 +201,9 @@ class _BatchMaker:
             queries=queries,
             documents=documents,
             negatives=negatives,
+            negative_counts=np.array([len(one.negatives) for one in used], np.int32),
             num_truncated=cut_queries + cut_documents + cut_negatives,
-            symmetric=sources[0 if number is None else number].symmetric,
+            loss_options=sources[0 if number is None else number].loss,
             same_ids=same_ids,
             places=[(int(place.segments[i]), int(place.offsets[i])) for i in usable],
             num_holes=len(found) - len(records),
@@ -285,8 +278,9 @@ def _join(parts: list[RankBatch]) -> RankBatch:
         queries=Texts.concatenate([part.queries for part in parts]),
         documents=Texts.concatenate([part.documents for part in parts]),
         negatives=Texts.concatenate([part.negatives for part in parts]),
+        negative_counts=np.concatenate([part.negative_counts for part in parts]),
         num_truncated=sum(part.num_truncated for part in parts),
-        symmetric=parts[0].symmetric,
+        loss_options=parts[0].loss_options,
         same_ids=None
         if parts[0].same_ids is None
         else [name for part in parts for name in part.same_ids or ()],

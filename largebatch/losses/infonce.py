@@ -7,6 +7,7 @@ The slow version, which the tests compare with, value and every gradient:
     logits_bm = scale * queries_bd @ documents_md.T
     own_b = logits_bm[range(b), positives_b]
     logits_bm[false_negatives_bm] = -inf  # see masks.py; no query's own document is one
+    # own negatives: a row's logits go on with those of its own
     loss = (logsumexp(logits_bm, 1) - own_b).sum()
     # symmetric: each positive document must also find its query among all queries of all ranks,
     # so its log-sum-exp runs over the rows of every rank
@@ -23,12 +24,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from largebatch.errors import UserError
 from largebatch.losses.masks import FalseNegatives
-from largebatch.losses.temperature import Temperature
 
 Combine = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """Takes this rank's log-sum-exps `[m]`, maxima `[m]` and sums `[k]`, returns those over all ranks,
@@ -36,6 +35,29 @@ each elementwise. m is 0 where only sums are asked for."""
 
 TILE = 1024
 """Rows and columns of a tile: 4 MiB of float32."""
+
+
+class OwnNegatives(NamedTuple):
+    """Negatives that only the query of their own record is contrasted with."""
+
+    embeddings_nd: Tensor
+    """This rank's."""
+    owners_n: Tensor
+    """int64, the row of each one's query."""
+    places_n: Tensor
+    """int64, how many negatives of the same owner come before each."""
+    most_of_one: int
+    """Negatives of the row that has most."""
+    masked_n: Tensor | None
+    """bool, which are false ones and left out; None: nobody knows."""
+
+    def in_rows(self, values_n: Tensor, num_rows: int) -> Tensor:
+        """Return values in the rows of their owners, `[b, most_of_one]`, -inf where none is."""
+        rows_bk = values_n.new_full((num_rows, self.most_of_one), -torch.inf)
+        if self.masked_n is not None:
+            values_n = values_n.masked_fill(self.masked_n, -torch.inf)
+        rows_bk[self.owners_n, self.places_n] = values_n
+        return rows_bk
 
 
 class InfoNCE(NamedTuple):
@@ -60,6 +82,7 @@ def info_nce(
     *,
     symmetric: bool = False,
     false_negatives: FalseNegatives | None = None,
+    own_negatives: OwnNegatives | None = None,
     combine: Combine | None = None,
     tile: int = TILE,
 ) -> InfoNCE:
@@ -74,6 +97,8 @@ def info_nce(
             Columns that are no query's document are matched to nothing.
         false_negatives: What a row is not contrasted with, in either direction; it must have been
             made for these rows and columns. None: every column but its own is a negative.
+        own_negatives: Further negatives of single rows. They are matched to nothing in the other
+            direction.
         combine: Combines statistics over ranks; called once. None: this rank has all rows.
         tile: Rows and columns that are looked at together.
 
@@ -84,10 +109,19 @@ def info_nce(
     Beyond its inputs and their gradients this holds a few tiles, a few numbers per row and column,
     and, for inputs of half precision, the queries' gradient in float32.
     """
+    own_logits_n = None
+    if own_negatives is not None:
+        # Few, one dot product each: autograd takes care of them, but for the scale.
+        dtype = _at_least_float32(queries_bd.dtype)
+        own_queries_nd = queries_bd[own_negatives.owners_n].to(dtype)
+        products_nd = own_queries_nd * own_negatives.embeddings_nd.to(dtype)
+        own_logits_n = scale.detach().to(dtype) * products_nd.sum(1)
     loss_sum, correct, totals = _TiledInfoNCE.apply(  # type: ignore[no-untyped-call]
         queries_bd,
         documents_md,
         scale,
+        own_logits_n,
+        own_negatives,
         positives_b,
         symmetric,
         false_negatives,
@@ -97,69 +131,6 @@ def info_nce(
     return InfoNCE(loss_sum, correct, totals)
 
 
-class ContrastiveLoss(nn.Module):
-    """InfoNCE with in-batch negatives and a temperature.
-
-    Args:
-        temperature: Default: fixed at 0.05.
-        symmetric: Whether documents are matched to queries too, both directions weighing half.
-        mask_duplicates: Whether whoever knows the texts (GradCache, the objective) leaves out
-            false negatives: see masks.py.
-    """
-
-    def __init__(
-        self,
-        temperature: Temperature | None = None,
-        *,
-        symmetric: bool = False,
-        mask_duplicates: bool = True,
-    ) -> None:
-        super().__init__()
-        self.temperature = temperature if temperature is not None else Temperature()
-        self.symmetric = symmetric
-        self.mask_duplicates = mask_duplicates
-
-    def forward(self, queries_bd: Tensor, documents_md: Tensor) -> Tensor:
-        """Return the mean loss of b queries whose documents are the first b of m documents.
-
-        Nothing is known of texts here, so every other document is a negative.
-        """
-        if len(documents_md) < len(queries_bd):
-            raise UserError(
-                f"{len(queries_bd)} queries need a document each, got {len(documents_md)}"
-            )
-        result = self.sum_over_rows(
-            queries_bd,
-            documents_md,
-            torch.arange(len(queries_bd), device=queries_bd.device),
-        )
-        return result.loss_sum / len(queries_bd)
-
-    def sum_over_rows(
-        self,
-        queries_bd: Tensor,
-        documents_md: Tensor,
-        positives_b: Tensor,
-        *,
-        symmetric: bool | None = None,
-        false_negatives: FalseNegatives | None = None,
-        combine: Combine | None = None,
-    ) -> InfoNCE:
-        """Return the loss summed over this rank's rows: `info_nce` with this object's settings.
-
-        `symmetric` is for this call only; None: as the object says.
-        """
-        return info_nce(
-            queries_bd,
-            documents_md,
-            positives_b,
-            self.temperature(),
-            symmetric=self.symmetric if symmetric is None else symmetric,
-            false_negatives=false_negatives,
-            combine=combine,
-        )
-
-
 class _TiledInfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -167,6 +138,8 @@ class _TiledInfoNCE(torch.autograd.Function):
         queries_bd: Tensor,
         documents_md: Tensor,
         scale: Tensor,
+        own_logits_n: Tensor | None,
+        own_negatives: OwnNegatives | None,
         positives_b: Tensor,
         symmetric: bool,
         false_negatives: FalseNegatives | None,
@@ -201,6 +174,13 @@ class _TiledInfoNCE(torch.autograd.Function):
                 if symmetric:
                     _, others = _logsumexp(logits, 0, spare)
                     column_others_m[columns] = torch.logaddexp(column_others_m[columns], others)
+        if own_negatives is not None and own_negatives.most_of_one > 0:
+            assert own_logits_n is not None
+            rows_bk = own_negatives.in_rows(own_logits_n, b)
+            best_other_b = torch.maximum(best_other_b, rows_bk.amax(1))
+            row_others_b = torch.logaddexp(row_others_b, rows_bk.logsumexp(1))
+            if own_negatives.masked_n is not None:
+                masked += own_negatives.masked_n.sum()
         correct_b = positive_b >= best_other_b
         margin_b = row_others_b - positive_b
         loss_sum = _softplus(margin_b).sum()
@@ -217,15 +197,16 @@ class _TiledInfoNCE(torch.autograd.Function):
             margin_b = column_others_m[positives_b] - positive_b
             loss_sum = (loss_sum + _softplus(margin_b).sum()) / 2
             share_of_others_b += torch.sigmoid(margin_b)
-            # What columns lose over all ranks every rank can tell by now.
+            # The columns' statistics are of all ranks by now, and so is their loss.
             losses_m = _softplus(column_others_m - column_own_m)
             of_columns = torch.where(column_own_m.isneginf(), 0, losses_m).sum()
             totals = torch.cat([(totals[:1] + of_columns) / 2, totals[1:]])
         ctx.save_for_backward(
             queries_bd, documents_md, scale, positives_b, positive_b,
             torch.logaddexp(row_others_b, positive_b), share_of_others_b,
-            torch.logaddexp(column_others_m, column_own_m), column_own_m,
+            torch.logaddexp(column_others_m, column_own_m), column_own_m, own_logits_n,
         )  # fmt: skip
+        ctx.own_negatives = own_negatives
         ctx.symmetric, ctx.false_negatives, ctx.tile = symmetric, false_negatives, tile
         ctx.mark_non_differentiable(correct_b, totals)
         return loss_sum, correct_b, totals
@@ -235,7 +216,7 @@ class _TiledInfoNCE(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (
             queries_bd, documents_md, scale, positives_b, positive_b,
-            row_lse_b, share_of_others_b, column_lse_m, column_own_m,
+            row_lse_b, share_of_others_b, column_lse_m, column_own_m, own_logits_n,
         ) = ctx.saved_tensors  # fmt: skip
         b, m, tile, dtype = len(queries_bd), len(documents_md), ctx.tile, positive_b.dtype
         no_query_m = column_own_m.isneginf()
@@ -248,6 +229,14 @@ class _TiledInfoNCE(torch.autograd.Function):
         grad_queries_bd = torch.zeros_like(queries_bd, dtype=dtype)
         grad_documents_md = torch.empty_like(documents_md)
         buffers = _Buffers(4, min(b, tile) * min(m, tile), positive_b)
+        grad_own_n = None
+        if own_logits_n is not None:
+            owners_n, masked_n = ctx.own_negatives.owners_n, ctx.own_negatives.masked_n
+            softmax_n = torch.exp(own_logits_n - row_lse_b[owners_n])
+            if masked_n is not None:
+                softmax_n.masked_fill_(masked_n, 0)
+            grad_own_n = weight * softmax_n
+            grad_log_scale += torch.dot(softmax_n, own_logits_n - positive_b[owners_n])
         # Columns outside: only their gradient, the larger one, is then finished tile by tile, and
         # needs no second copy of higher precision.
         for columns in _slices(m, tile):
@@ -283,7 +272,7 @@ class _TiledInfoNCE(torch.autograd.Function):
             grad_queries_bd.mul_(weight * logit_scale).to(queries_bd.dtype),
             grad_documents_md,
             (grad_log_scale * weight / logit_scale).to(scale.dtype),
-            None, None, None, None, None,
+            grad_own_n, *[None] * 6,
         )  # fmt: skip
 
 

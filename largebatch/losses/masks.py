@@ -56,27 +56,36 @@ class FalseNegatives:
             then its negatives.
         rank: Whose rows are asked for.
         device: Where the logits are.
+        negatives_are_columns: False: columns are documents only.
     """
 
-    def __init__(self, of_ranks: list[PairHashes], *, rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        of_ranks: list[PairHashes],
+        *,
+        rank: int,
+        device: torch.device,
+        negatives_are_columns: bool = True,
+    ) -> None:
         b = len(of_ranks[rank].queries)
         first_row = sum(len(hashes.queries) for hashes in of_ranks[:rank])
         own_rows = slice(first_row, first_row + b)
         queries_B = np.concatenate([hashes.queries for hashes in of_ranks])
         documents_B = np.concatenate([hashes.documents for hashes in of_ranks])
-        columns_m = np.concatenate(
-            [h for hashes in of_ranks for h in (hashes.documents, hashes.negatives)]
-        )
-        first_column = sum(len(h.documents) + len(h.negatives) for h in of_ranks[:rank])
+        columns_of_ranks = [
+            [hashes.documents, hashes.negatives] if negatives_are_columns else [hashes.documents]
+            for hashes in of_ranks
+        ]
+        columns_m = np.concatenate([side for sides in columns_of_ranks for side in sides])
+        first_column = sum(len(side) for sides in columns_of_ranks[:rank] for side in sides)
 
         # Number the different texts; what is known of a query goes by its text's number and by a
         # further number for its record. A pair (label, text) is then one integer.
-        texts, numbers = np.unique(
-            np.concatenate([queries_B, documents_B, columns_m]), return_inverse=True
-        )
+        sides = (queries_B, documents_B, columns_m, of_ranks[rank].negatives)
+        texts, numbers = np.unique(np.concatenate(sides), return_inverse=True)
         num_texts = num_labels = max(len(texts), 1)
-        queries_B, documents_B, columns_m = np.split(
-            numbers, [len(queries_B), len(queries_B) + len(documents_B)]
+        queries_B, documents_B, columns_m, negatives_n = np.split(
+            numbers, np.cumsum([len(side) for side in sides])[:-1]
         )
         labels_kB = [queries_B]
         known = [queries_B * num_texts + documents_B, queries_B * num_texts + queries_B]
@@ -94,6 +103,7 @@ class FalseNegatives:
         columns_of_label = np.zeros(num_labels, np.int64)
         np.add.at(columns_of_label, label_p, columns_of_text[text_p])
         labels_kb = np.stack([labels_B[own_rows] for labels_B in labels_kB])
+        self._keys_kb, self._known, self._negatives_n = labels_kb * num_texts, known_p, negatives_n
         wanted = np.zeros(num_labels, np.bool_)
         wanted[labels_kb] = columns_of_label[labels_kb] > 1
         wanted_p = wanted[label_p]
@@ -110,6 +120,16 @@ class FalseNegatives:
         self._row_keys_kr = to_device(labels_kb[:, rows] * num_texts, device)
         self._texts_c = to_device(columns_m[columns], device)
         self._known_p = to_device(known_p[wanted_p], device)
+
+    def of_own(self, owners_n: Hashes) -> npt.NDArray[np.bool_]:
+        """Return which of this rank's negatives are none of the query that they belong to, `[n]`.
+
+        Args:
+            owners_n: The row of each one's query.
+        """
+        keys_kn = self._keys_kb[:, owners_n] + self._negatives_n
+        masked_n: npt.NDArray[np.bool_] = np.logical_or.reduce(np.isin(keys_kn, self._known))
+        return masked_n
 
     def in_tile(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return the part of a tile that may be masked, and its mask; None: nothing is masked.

@@ -1,21 +1,36 @@
 """Chunks: texts sorted by length and cut by a token budget, padded or packed without padding."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from largebatch.batch import Chunk, Packing, Run, Texts
+from largebatch.batch import Chunk, IntArray, Packing, Run, Texts
 from largebatch.transfer import to_device
 
-Rows = npt.NDArray[np.intp]
+TextRows = npt.NDArray[np.intp]
+
+
+IGNORED = -100
+"""Target of a token of which nothing is predicted, as cross_entropy has it."""
+
+
+class TokenChunk(NamedTuple):
+    """A chunk with what is to be predicted of its tokens."""
+
+    chunk: Chunk
+    targets: dict[str, Tensor]
+    """By name, int64 in the shape of the chunk's tokens; `IGNORED` where nothing is predicted, and
+    in all padding."""
+    num_texts: int
 
 
 def plan_chunks(
     lengths: npt.NDArray[Any], tokens_per_chunk: int, *, multiple: int = 1, packed: bool = False
-) -> list[Rows]:
+) -> list[TextRows]:
     """Return the rows of each chunk, longest texts first.
 
     Args:
@@ -37,7 +52,7 @@ def plan_chunks(
     # A packed text without any token still takes one place.
     sizes = np.maximum(lengths[order].astype(np.int64), 1)
     ends = np.cumsum(sizes)
-    chunks: list[Rows] = []
+    chunks: list[TextRows] = []
     start = 0
     while start < len(order):
         if packed:
@@ -52,7 +67,7 @@ def plan_chunks(
 
 
 def pad_chunks(
-    texts: Texts, plan: Sequence[Rows], *, pad_id: int, device: torch.device, multiple: int = 1
+    texts: Texts, plan: Sequence[TextRows], *, pad_id: int, device: torch.device, multiple: int = 1
 ) -> Iterator[Chunk]:
     """Make the chunks of a plan one by one, each padded on the right to its longest text.
 
@@ -64,7 +79,7 @@ def pad_chunks(
 
 def pack_chunks(
     texts: Texts,
-    plan: Sequence[Rows],
+    plan: Sequence[TextRows],
     *,
     pad_id: int,
     device: torch.device,
@@ -85,7 +100,7 @@ def pack_chunks(
         yield _pack(own, pad_id, device, skipped_position)
 
 
-def _split(texts: Texts, plan: Sequence[Rows]) -> Iterator[Texts]:
+def _split(texts: Texts, plan: Sequence[TextRows]) -> Iterator[Texts]:
     """Yield the texts of each chunk."""
     if not plan:
         return
@@ -144,3 +159,22 @@ def _pack(texts: Texts, pad_id: int, device: torch.device, skipped_position: int
 
 def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
+
+
+def lay_out(values: IntArray, texts: Texts, chunk: Chunk, *, fill: int) -> Tensor:
+    """Return numbers of tokens in the shape of a chunk, int64, on its device.
+
+    Args:
+        values: One for each token of `texts`.
+        texts: The chunk's, in its order.
+        chunk: Padded or packed.
+        fill: Stands where no token is.
+    """
+    if chunk.packing is None:
+        mask = np.arange(chunk.input_ids.shape[1]) < texts.lengths[:, None]
+    else:
+        # A text without any token still takes one place.
+        mask = np.repeat(texts.lengths > 0, np.maximum(texts.lengths, 1))[None]
+    out = np.full(mask.shape, fill, np.int64)
+    out[mask] = values
+    return to_device(out, chunk.input_ids.device)

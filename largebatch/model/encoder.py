@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from largebatch.batch import Chunk, Texts
-from largebatch.config import PACKINGS, POOLINGS, suggest
+from largebatch.batch import Chunk, IntArray, Texts
+from largebatch.config import PACKINGS
 from largebatch.data.text import TextSettings, lower_texts, pad_token_of, tokenize
 from largebatch.errors import UserError
 from largebatch.model.attention import (
@@ -26,12 +26,31 @@ from largebatch.model.attention import (
     use_packed_attention,
     why_not_packable,
 )
-from largebatch.model.chunks import Rows, pack_chunks, pad_chunks, plan_chunks
+from largebatch.model.chunks import (
+    IGNORED,
+    TextRows,
+    TokenChunk,
+    lay_out,
+    pack_chunks,
+    pad_chunks,
+    plan_chunks,
+)
 from largebatch.model.compiled import checkpoint_layers as checkpoint_layers_of
 from largebatch.model.compiled import compile_layers, is_compiled, plain_shape
+from largebatch.model.export import (
+    Parts,
+    load_pooling_weights,
+    save_sentence_transformer,
+    save_settings,
+)
 from largebatch.model.finite import check_embeddings, check_weights, damaged_weight
-from largebatch.model.last_layer import ONE_TOKEN_POOLINGS, pooled_tokens, prepare_last_layer
-from largebatch.model.pooling import POOLING, pool_chunk, zero_where_masked
+from largebatch.model.last_layer import pooled_tokens, prepare_last_layer
+from largebatch.model.pooling import (
+    Pooling,
+    pool_chunk,
+    pooling_class,
+    zero_where_masked,
+)
 from largebatch.model.positions import (
     check_fit,
     length_multiple,
@@ -75,7 +94,8 @@ class Encoder(nn.Module):
     Args:
         backbone: Any transformers model whose output has `last_hidden_state`.
         tokenizer: Its tokenizer.
-        pooling: cls, mean, last or weighted_mean.
+        pooling: cls, mean, last or weighted_mean; or what makes a `Pooling` for a width of hidden
+            states, such as its class.
         normalize: Whether embeddings have unit length.
         query_prompt: Put before each query, in training and whenever queries are encoded.
         document_prompt: Put before each document.
@@ -101,7 +121,7 @@ class Encoder(nn.Module):
         backbone: nn.Module,
         tokenizer: Any,
         *,
-        pooling: str = "mean",
+        pooling: str | Callable[[int], Pooling] = "mean",
         normalize: bool = True,
         query_prompt: str = "",
         document_prompt: str = "",
@@ -116,14 +136,9 @@ class Encoder(nn.Module):
         super().__init__()
         if packing not in PACKINGS:
             raise UserError(f"packing={packing!r} is not one of {', '.join(PACKINGS)}")
-        if pooling not in POOLING:
-            raise UserError(
-                f"pooling={pooling!r} is not one of {', '.join(POOLINGS)}"
-                f"{suggest(pooling, POOLINGS)}"
-            )
+        make_pooling = pooling_class(pooling) if isinstance(pooling, str) else pooling
         self.backbone = backbone
         self.tokenizer = tokenizer
-        self.pooling = pooling
         self.normalize = normalize
         self.packing = packing
         self._told_why_padded = False
@@ -143,16 +158,18 @@ class Encoder(nn.Module):
             tokenizer.pad_token = pad_token_of(tokenizer)
         check_fit(backbone, tokenizer, self.text)
         known = set(tokenizer.get_vocab().values())
-        self.embedding_width = check_backbone(
+        hidden_width = check_backbone(
             backbone,
             token_ids=sorted(known - set(tokenizer.all_special_ids) or known),
             pad_id=self.pad_id,
             longest=self.text.encode_max_tokens,
         )
+        self.pooling = make_pooling(hidden_width)
+        self.embedding_width = self.pooling.width
         """Width d of an embedding."""
-        # A compiled layer takes the graph of another, whose hooks it has not.
+        # Compiled layers share one graph, which would leave out the last layer's hooks.
         self._has_one_token_layer = (
-            pooling in ONE_TOKEN_POOLINGS and not compile and prepare_last_layer(backbone)
+            self.pooling.token is not None and not compile and prepare_last_layer(backbone)
         )
         use_packed_attention(backbone)
         self.extra_units = 1.0 if checkpoint_layers else 0.0
@@ -206,6 +223,8 @@ class Encoder(nn.Module):
         positions = usable_positions(backbone)
         cut_lengths(settings, given, most=positions, reason=f"{name} has no more positions")
         encoder = cls(backbone, own_tokenizer, **how, **settings)
+        if pooling is None or pooling == read_settings(name).get("pooling"):
+            load_pooling_weights(encoder.pooling, name)
         check_weights(encoder, name)
         return encoder
 
@@ -243,39 +262,51 @@ class Encoder(nn.Module):
 
     def forward(self, chunk: Chunk) -> Tensor:
         """Return the embeddings of a chunk, `[n, d]` in float32 (float64 for a float64 model)."""
+        if self._has_one_token_layer:
+            assert self.pooling.token is not None
+            places_n = pooled_tokens(self.pooling.token, chunk)
+            # One row of the n texts' tokens.
+            hidden_1nH = self._run_backbone(chunk, pooled_tokens=places_n)
+            mask_n = chunk.attention_mask.flatten()[places_n]
+            embeddings_nd = zero_where_masked(hidden_1nH[0], mask_n)
+        else:
+            embeddings_nd = pool_chunk(self.pooling, self.hidden_states(chunk), chunk)
+        return F.normalize(embeddings_nd, dim=-1) if self.normalize else embeddings_nd
+
+    def hidden_states(self, chunk: Chunk) -> Tensor:
+        """Return the last hidden states of a chunk's tokens, for objectives of tokens.
+
+        `[n, L, H]`, or `[1, T, H]` where the chunk is packed; float32 (float64 for a float64
+        model).
+        """
+        hidden = self._run_backbone(chunk)
+        n, length = chunk.input_ids.shape
+        # A compiled backbone has padded more. A slice of all would cost its copy going backward.
+        return hidden if hidden.shape[:2] == (n, length) else hidden[:n, :length]
+
+    def _run_backbone(self, chunk: Chunk, **options: Any) -> Tensor:
+        """Return the last hidden states; of a compiled backbone with the padding of its shape."""
         device = chunk.input_ids.device
-        num_rows = len(chunk.input_ids)
         if chunk.packing is None and is_compiled(self.backbone):
             chunk = plain_shape(chunk, pad_id=self.pad_id)
-        one_token = self._has_one_token_layer and self.pooling in ONE_TOKEN_POOLINGS
-        options: dict[str, Any] = {}
         with (
             torch.autocast(device.type, dtype=self.autocast_dtype)
             if self.autocast_dtype is not None
             else nullcontext(),
             known_padding(padded=chunk.padded),
         ):
-            if one_token:
-                places_n = options["pooled_tokens"] = pooled_tokens(self.pooling, chunk)
             if chunk.packing is None:
-                hidden_nLH = self.backbone(
+                hidden: Tensor = self.backbone(
                     input_ids=chunk.input_ids, attention_mask=chunk.attention_mask, **options
                 ).last_hidden_state
             else:
-                hidden_nLH = run_packed(self.backbone, chunk.input_ids, chunk.packing, **options)
-        # Pooling and length are where low precision would cost; both are cheap.
-        if hidden_nLH.dtype in (torch.bfloat16, torch.float16):
-            hidden_nLH = hidden_nLH.float()
-        if one_token:
-            mask_n = chunk.attention_mask.flatten()[places_n]
-            embeddings_nd = zero_where_masked(hidden_nLH[0], mask_n)
-        else:
-            embeddings_nd = pool_chunk(self.pooling, hidden_nLH, chunk)
-        if chunk.packing is None:
-            embeddings_nd = embeddings_nd[:num_rows]
-        return F.normalize(embeddings_nd, dim=-1) if self.normalize else embeddings_nd
+                hidden = run_packed(self.backbone, chunk.input_ids, chunk.packing, **options)
+        # What follows is where low precision would cost, and is cheap.
+        return hidden.float() if hidden.dtype in (torch.bfloat16, torch.float16) else hidden
 
-    def make_chunks(self, texts: Texts, tokens_per_chunk: int) -> tuple[list[Rows], list[Chunk]]:
+    def make_chunks(
+        self, texts: Texts, tokens_per_chunk: int
+    ) -> tuple[list[TextRows], list[Chunk]]:
         """Return the rows of each chunk and the chunks, packed or padded as is faster here.
 
         Args:
@@ -285,7 +316,27 @@ class Encoder(nn.Module):
         plan, chunks = self._cut(texts, tokens_per_chunk)
         return plan, list(chunks)
 
-    def _cut(self, texts: Texts, tokens_per_chunk: int) -> tuple[list[Rows], Iterator[Chunk]]:
+    def make_token_chunks(
+        self, texts: Texts, targets: Mapping[str, IntArray], tokens_per_chunk: int
+    ) -> list[TokenChunk]:
+        """Return chunks as `make_chunks` does, each with what is to be predicted of its tokens.
+
+        Args:
+            texts: Any number of texts.
+            targets: By name, a number for each of their tokens.
+            tokens_per_chunk: Most tokens in a chunk, padding included.
+        """
+        made = []
+        for rows, chunk in zip(*self.make_chunks(texts, tokens_per_chunk), strict=True):
+            own = texts.take(rows)
+            laid_out = {
+                name: lay_out(values[texts.token_places(rows)], own, chunk, fill=IGNORED)
+                for name, values in targets.items()
+            }
+            made.append(TokenChunk(chunk, laid_out, len(rows)))
+        return made
+
+    def _cut(self, texts: Texts, tokens_per_chunk: int) -> tuple[list[TextRows], Iterator[Chunk]]:
         """Return what `make_chunks` does, each chunk made when its turn comes."""
         multiple = length_multiple(self.backbone, self.device, self.autocast_dtype)
         plan = plan_chunks(texts.lengths, tokens_per_chunk, multiple=multiple)
@@ -465,14 +516,21 @@ class Encoder(nn.Module):
 
         Weights that are not finite are told in a warning; `from_pretrained` refuses them.
         """
-        from largebatch.model.export import save_sentence_transformer
-
         damaged = damaged_weight(self)
         if damaged is not None:
             log.warning("%s: the weight %s has values that are not finite", folder, damaged)
-        save_sentence_transformer(self, Path(folder))
+        save_sentence_transformer(self._parts(), Path(folder))
 
-    def _is_worth_packing(self, texts: Texts, plan: list[Rows]) -> bool:
+    def save_settings(self, folder: Path) -> None:
+        """Write the same folder but for the weights, for `from_settings`."""
+        save_settings(self._parts(), folder)
+
+    def _parts(self) -> Parts:
+        return Parts(
+            self.backbone, self.tokenizer, self.pooling, self.normalize, self.lower_case, self.text
+        )
+
+    def _is_worth_packing(self, texts: Texts, plan: list[TextRows]) -> bool:
         if self.device.type == "cuda":
             return True
         padded = sum(len(rows) * int(texts.lengths[rows[0]]) for rows in plan)

@@ -5,14 +5,13 @@ needed at that token only: 9 of the layer's 12 products of the width of the mode
 layers of BERT's kind do it, exactly; other architectures compute the whole layer.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from largebatch.batch import Chunk
 
-ONE_TOKEN_POOLINGS = ("cls", "last")
 TYPES_WITH_BERT_LAYERS = ("bert", "electra", "roberta", "xlm-roberta")
 
 
@@ -28,20 +27,20 @@ def prepare_last_layer(backbone: nn.Module) -> bool:
     return True
 
 
-def pooled_tokens(pooling: str, chunk: Chunk) -> Tensor:
+def pooled_tokens(token: Literal["first", "last"], chunk: Chunk) -> Tensor:
     """Return which token of each text the pooling looks at, `[n]`, counted over all of the chunk's.
 
     Args:
-        pooling: cls or last.
+        token: Which of a text's tokens.
         chunk: Padded on either side, or packed.
     """
     if chunk.packing is not None:
         boundaries = chunk.packing.boundaries.long()
-        return boundaries[:-1] if pooling == "cls" else boundaries[1:] - 1
+        return boundaries[:-1] if token == "first" else boundaries[1:] - 1
     mask_nL = chunk.attention_mask.int()
     n, length = mask_nL.shape
     starts = torch.arange(n, device=mask_nL.device) * length
-    if pooling == "cls":
+    if token == "first":
         return starts + mask_nL.argmax(dim=1)
     return starts + length - 1 - mask_nL.flip(1).argmax(dim=1)
 

@@ -1,68 +1,164 @@
 """Pooling: hidden states of a text's tokens become one vector.
 
-Shapes: n texts, L tokens, H hidden width. All functions are right under left and right padding and
-under the padding that a text longer than its neighbours never has. A text without any token, as an
-empty one where no special tokens are added, becomes zero: padding says nothing of it.
+A pooling is a module. It may have weights, and a width of its own. All poolings are right under
+left and right padding, and under padding that a text longer than its neighbours never has. A text
+without any token, as an empty one where no special tokens are added, becomes zero: padding says
+nothing of it.
+
+A new one is a subclass here, its name in `POOLINGS` of `largebatch/config/model.py`, and a preset.
+
+Shapes: n texts, L tokens, H hidden width, d width of what the pooling returns.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from largebatch.batch import Chunk
+from largebatch.config import POOLINGS, suggest
+from largebatch.errors import UserError
 
 
-def pool_cls(hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
-    """Return the first token of each text, `[n, H]`."""
-    return _token(hidden_nLH, mask_nL, mask_nL.int().argmax(dim=1))
+class FolderModule(NamedTuple):
+    """A module of a sentence-transformers folder."""
+
+    kind: str
+    """The name of its class, such as Dense."""
+    config: Mapping[str, Any]
+    """What its config.json says."""
+    tensors: Mapping[str, Tensor]
+    """Its weights, by sentence-transformers' names."""
 
 
-def pool_last(hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
-    """Return the last token of each text, `[n, H]`."""
-    last_n = mask_nL.shape[1] - 1 - mask_nL.int().flip(1).argmax(dim=1)
-    return _token(hidden_nLH, mask_nL, last_n)
+FOLDER_NAMES = (
+    "cls_token",
+    "mean_tokens",
+    "max_tokens",
+    "mean_sqrt_len_tokens",
+    "weightedmean_tokens",
+    "lasttoken",
+)
 
 
-def pool_mean(hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
-    """Return the mean over the tokens of each text, `[n, H]`."""
-    return _weighted(hidden_nLH, mask_nL.to(hidden_nLH.dtype))
-
-
-def pool_weighted_mean(hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
-    """Return the mean in which token i, from 1, weighs i, `[n, H]` (SGPT, arXiv 2202.08904)."""
-    return _weighted(hidden_nLH, (mask_nL.cumsum(dim=1) * mask_nL).to(hidden_nLH.dtype))
-
-
-POOLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cls": pool_cls,
-    "mean": pool_mean,
-    "last": pool_last,
-    "weighted_mean": pool_weighted_mean,
-}
-
-
-def pool_chunk(pooling: str, hidden: Tensor, chunk: Chunk) -> Tensor:
-    """Return the vector of each text of a chunk, `[n, H]`.
+class Pooling(nn.Module):
+    """Makes a vector of a text's hidden states.
 
     Args:
-        pooling: A key of POOLING.
+        hidden_width: Width H of a hidden state.
+    """
+
+    name: ClassVar[str]
+    """What the option `pooling.mode` calls it."""
+    folder_name: ClassVar[str]
+    """What sentence-transformers calls how its Pooling sums tokens up: one of FOLDER_NAMES."""
+    token: ClassVar[Literal["first", "last"] | None] = None
+    """The only token of a text that it looks at, and returns as it is. None: there is none."""
+
+    def __init__(self, hidden_width: int) -> None:
+        super().__init__()
+        self.hidden_width = hidden_width
+
+    @property
+    def width(self) -> int:
+        """Width d of what it returns."""
+        return self.hidden_width
+
+    def forward(self, hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
+        """Return the vector of each text, `[n, d]`; the mask is 1 for tokens, 0 for padding."""
+        raise NotImplementedError
+
+    def folder_modules(self) -> Sequence[FolderModule]:
+        """Return the modules by which sentence-transformers does the same without our code.
+
+        They stand between its Transformer and its Normalize; the first is a Pooling. Their tensors
+        are the weights themselves: a folder that is read again is copied into them.
+        """
+        flags = {f"pooling_mode_{name}": name == self.folder_name for name in FOLDER_NAMES}
+        config = {"word_embedding_dimension": self.hidden_width, **flags, "include_prompt": True}
+        return [FolderModule("Pooling", config, {})]
+
+
+class FirstToken(Pooling):
+    """Takes the first token."""
+
+    name = "cls"
+    folder_name = "cls_token"
+    token = "first"
+
+    def forward(self, hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
+        """Return the first token of each text, `[n, H]`."""
+        return _token(hidden_nLH, mask_nL, mask_nL.int().argmax(dim=1))
+
+
+class LastToken(Pooling):
+    """Takes the last token."""
+
+    name = "last"
+    folder_name = "lasttoken"
+    token = "last"
+
+    def forward(self, hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
+        """Return the last token of each text, `[n, H]`."""
+        last_n = mask_nL.shape[1] - 1 - mask_nL.int().flip(1).argmax(dim=1)
+        return _token(hidden_nLH, mask_nL, last_n)
+
+
+class Mean(Pooling):
+    """Takes the mean over tokens."""
+
+    name = "mean"
+    folder_name = "mean_tokens"
+
+    def forward(self, hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
+        """Return the mean over the tokens of each text, `[n, H]`."""
+        return weighted_mean(hidden_nLH, mask_nL.to(hidden_nLH.dtype))
+
+
+class WeightedMean(Pooling):
+    """Takes the mean in which token i, from 1, weighs i (SGPT, arXiv 2202.08904)."""
+
+    name = "weighted_mean"
+    folder_name = "weightedmean_tokens"
+
+    def forward(self, hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
+        """Return the mean of each text, `[n, H]`."""
+        return weighted_mean(hidden_nLH, (mask_nL.cumsum(dim=1) * mask_nL).to(hidden_nLH.dtype))
+
+
+def pooling_class(name: str) -> type[Pooling]:
+    """Return the class of a pooling by its name.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    if name not in POOLINGS:
+        raise UserError(
+            f"pooling={name!r} is not one of {', '.join(POOLINGS)}{suggest(name, POOLINGS)}"
+        )
+    kind: type[Pooling] = globals()[POOLINGS[name]]
+    return kind
+
+
+def pool_chunk(pooling: nn.Module, hidden: Tensor, chunk: Chunk) -> Tensor:
+    """Return the vector of each text of a chunk, `[n, d]`.
+
+    Args:
+        pooling: A `Pooling`.
         hidden: `[n, L, H]`, or `[1, T, H]` where the chunk is packed.
         chunk: What it was made of.
     """
-    pool = POOLING[pooling]
     if chunk.packing is None:
-        return pool(hidden, chunk.attention_mask)
+        pooled: Tensor = pooling(hidden, chunk.attention_mask)
+        return pooled
     runs = chunk.packing.runs
     sizes = [run.num_texts * run.length for run in runs]
     parts = zip(runs, hidden[0].split(sizes), chunk.attention_mask[0].split(sizes), strict=True)
     # Texts of one length are a batch without padding.
-    return torch.cat([pool(h.unflatten(0, run), mask.unflatten(0, run)) for run, h, mask in parts])
-
-
-def _token(hidden_nLH: Tensor, mask_nL: Tensor, place_n: Tensor) -> Tensor:
-    rows_n = torch.arange(len(hidden_nLH), device=hidden_nLH.device)
-    return zero_where_masked(hidden_nLH[rows_n, place_n], mask_nL[rows_n, place_n])
+    return torch.cat(
+        [pooling(h.unflatten(0, run), mask.unflatten(0, run)) for run, h, mask in parts]
+    )
 
 
 def zero_where_masked(tokens_nH: Tensor, mask_n: Tensor) -> Tensor:
@@ -70,8 +166,14 @@ def zero_where_masked(tokens_nH: Tensor, mask_n: Tensor) -> Tensor:
     return tokens_nH.masked_fill((mask_n == 0).unsqueeze(1), 0)
 
 
-def _weighted(hidden_nLH: Tensor, weights_nL: Tensor) -> Tensor:
+def weighted_mean(hidden_nLH: Tensor, weights_nL: Tensor) -> Tensor:
+    """Return the mean over tokens by their weights, `[n, H]`, zero where all weights are."""
     # As a product of [1, L] and [L, H]: no [n, L, H] copy of the hidden states is made.
     total_nH = torch.bmm(weights_nL.unsqueeze(1), hidden_nLH).squeeze(1)
     # A text without any token has no weights: its embedding is zero, not NaN.
     return total_nH / weights_nL.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _token(hidden_nLH: Tensor, mask_nL: Tensor, place_n: Tensor) -> Tensor:
+    rows_n = torch.arange(len(hidden_nLH), device=hidden_nLH.device)
+    return zero_where_masked(hidden_nLH[rows_n, place_n], mask_nL[rows_n, place_n])

@@ -10,20 +10,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from largebatch.config import POOLINGS
 from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
+from largebatch.model.pooling import pooling_class
 
 log = logging.getLogger(__name__)
 
 SETTINGS_FILE = "largebatch.json"
 """Holds what a sentence-transformers folder has no place for: the maximum length of each side."""
 
-POOLING_NAMES = {
-    "cls": "cls",
-    "mean": "mean",
-    "lasttoken": "last",
-    "weightedmean": "weighted_mean",
-}
+
+def _short(folder_name: str) -> str:
+    return folder_name.removesuffix("_tokens").removesuffix("_token")
+
+
+POOLING_NAMES = {_short(pooling_class(name).folder_name): name for name in POOLINGS}
 """Poolings by the name that sentence-transformers gives them."""
 
 LENGTHS = ("query_max_tokens", "document_max_tokens")
@@ -81,10 +83,11 @@ def read_settings(name: str) -> dict[str, Any]:
     modules = _read_json(name, "modules.json")
     if modules is None:
         return {}
-    settings = _settings_of_modules(name, modules)
+    own = _read_object(name, SETTINGS_FILE)
+    settings = _settings_of_modules(name, modules, own.pop("pooling", None))
     settings |= _settings_of_transformer(name)
     settings |= _settings_of_model(name, normalize=settings["normalize"])
-    return settings | _own_settings(name, settings)
+    return settings | _own_lengths(name, own, settings)
 
 
 def merged_settings(name: str, **given: Any) -> dict[str, Any]:
@@ -145,7 +148,15 @@ def cut_at_tokenizer(
             )  # fmt: skip
 
 
-def _settings_of_modules(name: str, modules: Any) -> dict[str, Any]:
+def _settings_of_modules(name: str, modules: Any, own_pooling: Any) -> dict[str, Any]:
+    """Return pooling and normalize.
+
+    Args:
+        name: Of the model.
+        modules: What modules.json holds.
+        own_pooling: The pooling that largebatch.json names, which may be made of several modules;
+            None: it names none.
+    """
     try:
         parts = [(str(module["type"]), str(module["path"])) for module in modules]
     except (TypeError, KeyError):
@@ -155,19 +166,28 @@ def _settings_of_modules(name: str, modules: Any) -> dict[str, Any]:
     kinds = []
     for kind, path in parts:
         package, _, short = kind.rpartition(".")
-        known = package.partition(".")[0] == "sentence_transformers" and short in _MODULES
+        known = package.partition(".")[0] == "sentence_transformers" and (
+            short in _MODULES or own_pooling is not None
+        )
         if not known or (short == "Transformer" and path):
             raise UserError(
                 f"{name!r} has the module {kind} at {path!r}, which can't be trained here; a "
                 "Transformer in the folder itself, a Pooling and a Normalize can"
             )
         kinds.append(short)
+    normalize = kinds[-1:] == _MODULES[-1:]
+    if own_pooling is not None:
+        if own_pooling not in POOLINGS:
+            raise UserError(
+                f"{name!r}: pooling={own_pooling!r} in {SETTINGS_FILE} is not one of "
+                f"{', '.join(POOLINGS)}"
+            )
+        return {"pooling": own_pooling, "normalize": normalize}
     if kinds not in (_MODULES, _MODULES[:2]):
         raise UserError(
             f"{name!r} has the modules {', '.join(kinds)}; a Transformer, a Pooling and, if "
             "embeddings have unit length, a Normalize are needed, in this order"
         )
-    normalize = len(parts) == len(_MODULES)
     if normalize:
         config = _read_object(name, f"{parts[2][1]}/config.json")
         for key in ("module_input_name", "module_output_name"):
@@ -187,7 +207,7 @@ def _pooling_of(name: str, config: dict[str, Any]) -> str:
         modes = [key[len(prefix) :] for key, on in config.items() if key.startswith(prefix) and on]
         modes = modes or ["mean"]  # As sentence-transformers takes it.
     modes = [modes] if isinstance(modes, str) else list(modes)
-    short = [mode.removesuffix("_tokens").removesuffix("_token") for mode in modes]
+    short = [_short(mode) for mode in modes]
     if len(short) != 1 or short[0] not in POOLING_NAMES:
         raise UserError(
             f"{name!r} pools by {', '.join(modes)}; one of {', '.join(POOLING_NAMES)} is understood"
@@ -292,13 +312,12 @@ def _prompts_of(name: str, config: dict[str, Any], file: str) -> dict[str, Any]:
     return settings
 
 
-def _own_settings(name: str, theirs: dict[str, Any]) -> dict[str, Any]:
+def _own_lengths(name: str, own: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Return the lengths that largebatch.json holds, at most what the folder says elsewhere."""
-    settings = _read_object(name, SETTINGS_FILE)
-    for key, value in settings.items():
+    for key, value in own.items():
         if key not in LENGTHS or not isinstance(value, int) or value < 1:
             raise UserError(f"{name!r}: {key}={value!r} in {SETTINGS_FILE} is no maximum length")
-    return {key: min(value, theirs.get(key, value)) for key, value in settings.items()}
+    return {key: min(value, theirs.get(key, value)) for key, value in own.items()}
 
 
 def _shown(value: Any) -> str:
@@ -314,8 +333,8 @@ def _read_object(name: str, file: str) -> dict[str, Any]:
     return value or {}
 
 
-def _read_json(name: str, file: str) -> Any:
-    """Read a JSON file of a model folder or of the hub's cache; None if there is none."""
+def find_file(name: str, file: str) -> Path | None:
+    """Return where a file of a model folder or of the hub's cache is; None if there is none."""
     from transformers.utils.hub import cached_file
 
     folder = Path(name).expanduser()
@@ -329,9 +348,14 @@ def _read_json(name: str, file: str) -> Any:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    if path is None or not Path(path).is_file():
+    return None if path is None or not Path(path).is_file() else Path(path)
+
+
+def _read_json(name: str, file: str) -> Any:
+    path = find_file(name, file)
+    if path is None:
         return None
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error

@@ -1,1 +1,4 @@
-"""What is optimized: a file for each objective."""
+"""What is optimized: a file for each objective, by the name of `objective.name`.
+
+Such a file has a function `build(config: TrainConfig) -> Objective`.
+"""

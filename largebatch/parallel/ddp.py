@@ -5,40 +5,90 @@ number of their chunks, some have none, and the temperature lies outside the enc
 of all gradients, after the last chunk, is right for all of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from largebatch.config import OptimConfig
-from largebatch.losses.infonce import ContrastiveLoss
+from largebatch.config import OptimConfig, StrategyConfig
 from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
-from largebatch.parallel.modules import OptimizedModules, missing_gradients_are_zeros
+from largebatch.parallel.modules import (
+    OptimizedModules,
+    missing_bytes,
+    missing_gradients_are_zeros,
+    trained,
+)
 from largebatch.parallel.strategy import Backward
 from largebatch.phases import phase
 
 
-class ReplicatedModel(OptimizedModules):
-    """The strategy `ddp`.
+class Replicas:
+    """Passes over modules that are whole on every rank, and the average of their gradients.
 
     Args:
-        encoder: The encoder; all ranks get rank 0's weights.
-        loss: The loss; likewise.
-        optim: Options of AdamW.
+        modules: The encoder and what is trained beside it.
         collectives: How ranks reach each other.
     """
 
     equal_chunks = False
     can_redo = True
 
+    def __init__(self, modules: Iterable[nn.Module], collectives: Collectives) -> None:
+        self.parameters = trained(*modules)
+        self.collectives = collectives
+
+    def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Return what a function of inputs gives: the weights are in place."""
+        return function(*inputs)
+
+    @contextmanager
+    def gradient_pass(self) -> Iterator[Backward]:
+        """Run a step's backward passes inside; leaving averages their gradients, once."""
+        with one_reduction(self.parameters, self.collectives):
+            yield backward
+
+    def missing_bytes(self) -> int:
+        """Return what gradients and AdamW have still to take of this rank's device, at most."""
+        return missing_bytes(self.parameters)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+class ReplicatedModel(OptimizedModules):
+    """The strategy `ddp`.
+
+    Args:
+        modules: The encoder and what is trained beside it; all ranks get rank 0's weights.
+        optim: Options of AdamW.
+        collectives: How ranks reach each other.
+        device: Of this rank.
+        config: Has nothing for this strategy.
+    """
+
+    equal_chunks = False
+    can_redo = True
+
     def __init__(
-        self, encoder: Encoder, loss: ContrastiveLoss, optim: OptimConfig, collectives: Collectives
+        self,
+        modules: Mapping[str, nn.Module],
+        optim: OptimConfig,
+        collectives: Collectives,
+        device: torch.device | None = None,  # noqa: ARG002
+        config: StrategyConfig | None = None,  # noqa: ARG002
     ) -> None:
-        start_equal([encoder, loss], collectives)
-        super().__init__(encoder, loss, optim, collectives)
+        start_equal(modules.values(), collectives)
+        super().__init__(modules, optim, collectives)
+
+    def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Return what a function of inputs gives: the weights are in place."""
+        return function(*inputs)
 
     @contextmanager
     def gradient_pass(self) -> Iterator[Backward]:
@@ -55,17 +105,17 @@ class ReplicatedModel(OptimizedModules):
         yield self.encoder
 
 
-def start_equal(modules: Sequence[nn.Module], collectives: Collectives) -> None:
+def start_equal(modules: Iterable[nn.Module], collectives: Collectives) -> None:
     """Give all ranks rank 0's weights and buffers."""
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
             collectives.broadcast_(tensor.data)
 
 
-def backward(embeddings: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:  # noqa: ARG001
+def backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:  # noqa: ARG001
     """Push gradients into the weights, adding to `.grad`; all graphs in one pass."""
-    if embeddings:
-        torch.autograd.backward(list(embeddings), list(gradients))
+    if outputs:
+        torch.autograd.backward(list(outputs), list(gradients))
 
 
 @contextmanager

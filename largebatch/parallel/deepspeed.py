@@ -5,8 +5,8 @@ stages 1 and 2 hold the last chunk's gradient only, and stage 3 reduces after ea
 the chunks inside `no_sync` and reduces once behind them, the others inside
 `coalesce_grad_reduction`; until then each rank holds the whole gradient of its own chunks.
 
-The temperature lies outside the engine. Its gradient counts in the norm that gradients are clipped
-by, so the engine never clips by its own.
+The engine goes around the encoder alone. The gradients of the other modules count in the norm that
+gradients are clipped by, so the engine never clips by its own.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from largebatch.batch import Chunk
 from largebatch.config import OptimConfig, StrategyConfig
 from largebatch.errors import UserError
-from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.model.compiled import is_compiled
 from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
@@ -28,10 +26,12 @@ from largebatch.parallel.deepspeed_build import import_deepspeed
 from largebatch.parallel.deepspeed_config import check_wrapper, engine_config
 from largebatch.parallel.fsdp import filled, skeleton_of
 from largebatch.parallel.modules import (
+    Root,
     clip_factor,
     entries_of,
     missing_bytes,
     missing_gradients_are_zeros,
+    split_modules,
     trained,
 )
 from largebatch.parallel.optimizer import MOMENTS, make_optimizer, set_learning_rate
@@ -43,8 +43,8 @@ class DeepSpeedModel:
     """The strategy `deepspeed`.
 
     Args:
-        encoder: The whole encoder; all ranks get rank 0's weights.
-        loss: The loss, which stays whole on every rank.
+        modules: The whole encoder, and what is trained beside it and stays whole on every rank; all
+            ranks get rank 0's weights.
         optim: Options of AdamW.
         collectives: How ranks reach each other.
         device: Of this rank.
@@ -58,38 +58,40 @@ class DeepSpeedModel:
 
     def __init__(
         self,
-        encoder: Encoder,
-        loss: ContrastiveLoss,
+        modules: Mapping[str, nn.Module],
         optim: OptimConfig,
         collectives: Collectives,
         device: torch.device,
         config: StrategyConfig,
     ) -> None:
+        encoder, self._others = split_modules(modules)
         if config.zero_stage == 3 and is_compiled(encoder):
             # It would work, but dynamo traces ZeRO-3's hooks anew all the time: minutes per step.
             raise UserError(
                 "backbone.compile=true can't be used with strategy.zero_stage=3; use "
                 "backbone.compile=false, strategy.zero_stage=2 or strategy=fsdp"
             )
-        start_equal([encoder, loss], collectives)
-        self.loss = loss
+        start_equal(modules.values(), collectives)
+        self.modules = modules
         self.collectives = collectives
         self.stage = config.zero_stage
         self.equal_chunks = self.stage == 3
         self.encoder_parameters = trained(encoder)
-        self.loss_parameters = trained(loss)
+        self.whole_parameters = trained(*self._others.values())
         self.num_parameters = sum(
-            p.numel() for p in (*self.encoder_parameters, *self.loss_parameters)
+            p.numel() for p in (*self.encoder_parameters, *self.whole_parameters)
         )
-        self._module = encoder
+        self._module: Encoder = encoder
         self._skeleton = skeleton_of(encoder)
         self._client = make_optimizer([encoder], optim)
-        self._loss_optimizer = make_optimizer([loss], optim) if self.loss_parameters else None
+        self._own_optimizer = (
+            make_optimizer(self._others.values(), optim) if self.whole_parameters else None
+        )
         self._num_steps = 0
         deepspeed = import_deepspeed(device, collectives.world)
         try:
             self.engine: Any = deepspeed.initialize(
-                model=encoder,
+                model=Root(encoder),
                 optimizer=self._client,
                 config=engine_config(config),
                 dist_init_required=False,
@@ -104,15 +106,14 @@ class DeepSpeedModel:
         check_wrapper(self.engine.optimizer, self.stage)
         self._make_moments()
 
-    @property
-    def encoder(self) -> Callable[[Chunk], Tensor]:
-        """The engine, which forward passes must go through."""
-        return self.engine  # type: ignore[no-any-return]
+    def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Return what a function of inputs gives, run by the engine."""
+        return self.engine(function, *inputs)
 
     @contextmanager
     def gradient_pass(self) -> Iterator[Backward]:
         """Run a step's backward passes inside; leaving averages their gradients, once."""
-        with one_reduction(self.loss_parameters, self.collectives):
+        with one_reduction(self.whole_parameters, self.collectives):
             if self.stage == 0:
                 with self.engine.no_sync(), missing_gradients_are_zeros(self.encoder_parameters):
                     yield self._backward
@@ -147,18 +148,18 @@ class DeepSpeedModel:
 
     def _backward(
         self,
-        embeddings: Sequence[Tensor],
+        outputs: Sequence[Tensor],
         gradients: Sequence[Tensor],
         *,
         last: bool,  # noqa: ARG002
     ) -> None:
-        for embedding, gradient in zip(embeddings, gradients, strict=True):
-            self.engine.backward((embedding * gradient).sum())
+        for output, gradient in zip(outputs, gradients, strict=True):
+            self.engine.backward((output * gradient).sum())
 
     def missing_bytes(self) -> int:
         """Return what gradients and AdamW have still to take of this rank's device, at most."""
         missing = missing_bytes(
-            self.loss_parameters, [self._loss_optimizer] if self._loss_optimizer else []
+            self.whole_parameters, [self._own_optimizer] if self._own_optimizer else []
         )
         if self.stage == 0:
             return missing + missing_bytes(self.encoder_parameters, [self._client])
@@ -169,13 +170,13 @@ class DeepSpeedModel:
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm` (0: leave them) and return their norm before."""
-        loss_gradients = [p.grad for p in self.loss_parameters if p.grad is not None]
+        whole_gradients = [p.grad for p in self.whole_parameters if p.grad is not None]
         of_encoder = self._encoder_gradient_norm()
-        of_loss = nn.utils.get_total_norm(loss_gradients)
-        norm = torch.hypot(of_encoder, of_loss.to(of_encoder))
+        of_others = nn.utils.get_total_norm(whole_gradients)
+        norm = torch.hypot(of_encoder, of_others.to(of_encoder))
         if max_norm > 0:
             factor = clip_factor(norm, max_norm)
-            for gradient in loss_gradients:
+            for gradient in whole_gradients:
                 gradient.mul_(factor)
             if self.stage == 0:
                 for parameter in self.encoder_parameters:
@@ -202,25 +203,25 @@ class DeepSpeedModel:
         """Move the weights by AdamW."""
         set_learning_rate(self.engine.optimizer, learning_rate)
         self.engine.step()
-        if self._loss_optimizer is not None:
-            set_learning_rate(self._loss_optimizer, learning_rate)
-            self._loss_optimizer.step()
+        if self._own_optimizer is not None:
+            set_learning_rate(self._own_optimizer, learning_rate)
+            self._own_optimizer.step()
         self._num_steps += 1
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
         self.engine.optimizer.zero_grad()
-        for parameter in self.loss_parameters:
+        for parameter in self.whole_parameters:
             parameter.grad = None
 
     def parameter_norm(self) -> Tensor:
         """Return the norm of all weights, a scalar."""
-        of_loss = nn.utils.get_total_norm([p.detach() for p in self.loss_parameters])
+        of_others = nn.utils.get_total_norm([p.detach() for p in self.whole_parameters])
         if self.stage == 3:
             of_encoder = self._norm_of_shards(lambda p: p.ds_tensor)
         else:
             of_encoder = nn.utils.get_total_norm([p.detach() for p in self.encoder_parameters])
-        return torch.hypot(of_encoder, of_loss.to(of_encoder))
+        return torch.hypot(of_encoder, of_others.to(of_encoder))
 
     @contextmanager
     def whole(self) -> Iterator[Encoder]:
@@ -236,14 +237,14 @@ class DeepSpeedModel:
         """Return the names and shapes of the weights."""
         return {
             **{f"encoder.{n}": getattr(t, "ds_shape", t.shape) for n, t in self._encoder_tensors()},
-            **{f"loss.{name}": t.shape for name, t in self.loss.state_dict().items()},
+            **{name: tensor.shape for name, tensor in self._other_tensors()},
         }
 
     def trained_shapes(self) -> dict[str, torch.Size]:
         """Return the names and shapes of the weights that the optimizer moves."""
         named = [
             *((f"encoder.{name}", p) for name, p in self._module.named_parameters()),
-            *((f"loss.{name}", p) for name, p in self.loss.named_parameters()),
+            *self._other_parameters(),
         ]
         return {name: getattr(p, "ds_shape", p.shape) for name, p in named if p.requires_grad}
 
@@ -252,15 +253,15 @@ class DeepSpeedModel:
         found: dict[str, Tensor] = {}
         for name, tensor in self._encoder_tensors():
             self._keep_on_main(found, f"encoder.{name}", self._whole(tensor))
-        for name, tensor in self.loss.state_dict().items():
-            self._keep_on_main(found, f"loss.{name}", tensor)
+        for name, tensor in self._other_tensors():
+            self._keep_on_main(found, name, tensor)
         return found
 
     @torch.no_grad()
     def set_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite all weights; every rank gives the whole tensors."""
-        for name, tensor in self.loss.state_dict().items():
-            tensor.copy_(tensors[f"loss.{name}"])
+        for name, tensor in self._other_tensors():
+            tensor.copy_(tensors[name])
         for name, tensor in self._encoder_tensors():
             value = tensors[f"encoder.{name}"].to(self._module.device)
             if hasattr(tensor, "ds_id"):
@@ -287,20 +288,19 @@ class DeepSpeedModel:
                     value = self._utils.safe_get_full_optimizer_state(parameter, key)
                 self._keep_on_main(found, f"{key}.encoder.{name}", value)
             self._keep_on_main(found, f"step.encoder.{name}", torch.tensor(float(self._num_steps)))
-        if self._loss_optimizer is not None:
-            for name, parameter in self.loss.named_parameters():
-                for key, value in self._loss_optimizer.state[parameter].items():
-                    self._keep_on_main(found, f"{key}.loss.{name}", value)
+        if self._own_optimizer is not None:
+            for name, parameter in self._other_parameters():
+                for key, value in self._own_optimizer.state[parameter].items():
+                    self._keep_on_main(found, f"{key}.{name}", value)
         return found
 
     def set_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the optimizer's state; every rank gives the whole tensors."""
         steps = [int(tensor) for name, tensor in tensors.items() if name.startswith("step.")]
         self._num_steps = max(steps, default=0)
-        if self._loss_optimizer is not None:
-            for name, parameter in self.loss.named_parameters():
-                entries = entries_of(tensors, f"loss.{name}", parameter)
-                self._loss_optimizer.state[parameter] = entries
+        if self._own_optimizer is not None:
+            for name, parameter in self._other_parameters():
+                self._own_optimizer.state[parameter] = entries_of(tensors, name, parameter)
         for flat in self._flat_masters():
             self._client.state[flat]["step"].fill_(self._num_steps)
         for name, parameter in self._module.named_parameters():
@@ -339,6 +339,17 @@ class DeepSpeedModel:
 
     def _encoder_tensors(self) -> Iterator[tuple[str, Any]]:
         yield from self._module.state_dict(keep_vars=True).items()
+
+    def _other_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for prefix, module in self._others.items():
+            for name, tensor in module.state_dict().items():
+                yield f"{prefix}.{name}", tensor
+
+    def _other_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for prefix, module in self._others.items():
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    yield f"{prefix}.{name}", parameter
 
     def _whole(self, tensor: Any) -> Tensor:
         """Return a weight or buffer in float32 as the optimizer has it; called by all ranks."""

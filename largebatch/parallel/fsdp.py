@@ -7,8 +7,9 @@ then each rank holds the whole gradient of its own chunks.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from largebatch.config import OptimConfig
-from largebatch.losses.infonce import ContrastiveLoss
+from largebatch.config import OptimConfig, StrategyConfig
+from largebatch.errors import UserError
 from largebatch.model.compiled import layers_of
 from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import one_reduction, start_equal
-from largebatch.parallel.modules import OptimizedModules, missing_gradients_are_zeros
+from largebatch.parallel.modules import (
+    OptimizedModules,
+    Root,
+    missing_gradients_are_zeros,
+    split_modules,
+)
 from largebatch.parallel.strategy import Backward
 
 
@@ -30,12 +36,16 @@ class FullyShardedModel(OptimizedModules):
     """The strategy `fsdp`.
 
     Args:
-        encoder: The whole encoder; all ranks get rank 0's weights, then each keeps its share.
-        loss: The loss, which stays whole on every rank.
+        modules: The whole encoder, of which each rank keeps its share, and what is trained beside
+            it and stays whole; all ranks get rank 0's weights.
         optim: Options of AdamW.
         collectives: How ranks reach each other.
-        reshard_after_forward: Whether a layer's gathered weights are freed after its forward pass
-            and gathered again for its backward pass.
+        device: Of this rank.
+        config: Whether a layer's gathered weights are freed after its forward pass and gathered
+            again for its backward pass.
+
+    Raises:
+        UserError: A weight has no dimension that it could be shared out by.
 
     Under bf16 autocast weights are gathered in bf16. The shards, the sum of the chunks' gradients
     and its reduction stay float32, and so does what flows between layers.
@@ -46,14 +56,20 @@ class FullyShardedModel(OptimizedModules):
 
     def __init__(
         self,
-        encoder: Encoder,
-        loss: ContrastiveLoss,
+        modules: Mapping[str, nn.Module],
         optim: OptimConfig,
         collectives: Collectives,
-        *,
-        reshard_after_forward: bool = True,
+        device: torch.device | None = None,  # noqa: ARG002
+        config: StrategyConfig | None = None,
     ) -> None:
-        start_equal([encoder, loss], collectives)
+        start_equal(modules.values(), collectives)
+        encoder, _ = split_modules(modules)
+        for name, parameter in encoder.named_parameters():
+            if parameter.ndim == 0:
+                raise UserError(
+                    f"strategy=fsdp can't share out the weight {name}, which is a single number; "
+                    "give it the shape [1], or use strategy=ddp"
+                )
         self._skeleton = skeleton_of(encoder)
         mesh = init_device_mesh(encoder.device.type, (collectives.world.size,))
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -63,11 +79,15 @@ class FullyShardedModel(OptimizedModules):
                 reduce_dtype=torch.float32,
                 cast_forward_inputs=False,
             )
-        for module in (*layers_of(encoder.backbone), encoder):
-            fully_shard(
-                module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
-            )
-        super().__init__(encoder, loss, optim, collectives)
+        reshards = config is None or config.reshard_after_forward
+        self._root = Root(encoder)
+        for module in (*layers_of(encoder.backbone), self._root):
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
+        super().__init__(modules, optim, collectives)
+
+    def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Return what a function of inputs gives, with the weights gathered while it runs."""
+        return self._root(function, *inputs)
 
     @contextmanager
     def gradient_pass(self) -> Iterator[Backward]:
@@ -77,22 +97,20 @@ class FullyShardedModel(OptimizedModules):
         """
         with (
             missing_gradients_are_zeros(self.parameters),
-            one_reduction(self.loss_parameters, self.collectives),
+            one_reduction(self.whole_parameters, self.collectives),
         ):
             yield self._backward
 
     def _backward(
-        self, embeddings: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool
+        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool
     ) -> None:
-        assert isinstance(self.encoder, FSDPModule)
+        assert isinstance(self._root, FSDPModule)
         # One graph after another, for a unit would reduce after each graph of a common pass.
-        for number, (embedding, gradient) in enumerate(
-            zip(embeddings, gradients, strict=True), start=1
-        ):
-            reduces = last and number == len(embeddings)
-            self.encoder.set_requires_gradient_sync(reduces)
-            self.encoder.set_is_last_backward(reduces)
-            embedding.backward(gradient)
+        for number, (output, gradient) in enumerate(zip(outputs, gradients, strict=True), start=1):
+            reduces = last and number == len(outputs)
+            self._root.set_requires_gradient_sync(reduces)
+            self._root.set_is_last_backward(reduces)
+            output.backward(gradient)
 
     @contextmanager
     def whole(self) -> Iterator[Encoder]:

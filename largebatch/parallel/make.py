@@ -1,18 +1,19 @@
 """Makes the strategy that a config names."""
 
-import torch
+import importlib
+from collections.abc import Mapping
 
-from largebatch.config import OptimConfig, StrategyConfig
-from largebatch.losses.infonce import ContrastiveLoss
-from largebatch.model.encoder import Encoder
+import torch
+from torch import nn
+
+from largebatch.config import STRATEGIES, OptimConfig, StrategyConfig
 from largebatch.parallel.collectives import Collectives
-from largebatch.parallel.strategy import Strategy
+from largebatch.parallel.strategy import ENCODER, Strategy
 
 
 def make_strategy(
     config: StrategyConfig,
-    encoder: Encoder,
-    loss: ContrastiveLoss,
+    modules: Mapping[str, nn.Module],
     optim: OptimConfig,
     collectives: Collectives,
     device: torch.device,
@@ -22,8 +23,8 @@ def make_strategy(
 
     Args:
         config: Which strategy, and its options.
-        encoder: The whole encoder, on `device`. From here on it belongs to the strategy.
-        loss: The loss, on `device`.
+        modules: The whole encoder and what is trained beside it, by name, on `device`. From here on
+            they belong to the strategy.
         optim: Options of AdamW.
         collectives: How ranks reach each other.
         device: Of this rank.
@@ -35,25 +36,8 @@ def make_strategy(
     if device.type == "cuda" and config.name != "ddp":
         torch.cuda.set_device(device)  # where fully_shard and DeepSpeed put the shards
     if precision == "bf16":
-        encoder.autocast_dtype = torch.bfloat16
-    match config.name:
-        case "ddp":
-            from largebatch.parallel.ddp import ReplicatedModel
-
-            return ReplicatedModel(encoder, loss, optim, collectives)
-        case "fsdp":
-            from largebatch.parallel.fsdp import FullyShardedModel
-
-            return FullyShardedModel(
-                encoder,
-                loss,
-                optim,
-                collectives,
-                reshard_after_forward=config.reshard_after_forward,
-            )
-        case "deepspeed":
-            from largebatch.parallel.deepspeed import DeepSpeedModel
-
-            return DeepSpeedModel(encoder, loss, optim, collectives, device, config)
-        case _:
-            raise AssertionError(config.name)
+        modules[ENCODER].autocast_dtype = torch.bfloat16  # type: ignore[assignment]
+    module, _, name = STRATEGIES[config.name].partition(":")
+    strategy = getattr(importlib.import_module(f"largebatch.parallel.{module}"), name)
+    made: Strategy = strategy(modules, optim, collectives, device, config)
+    return made

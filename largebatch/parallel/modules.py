@@ -3,42 +3,43 @@
 Parameters may be plain tensors, whole on every rank, or DTensors, of which each rank has a shard.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from largebatch.config import OptimConfig
-from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.optimizer import MOMENTS, make_optimizer, set_learning_rate
+from largebatch.parallel.strategy import ENCODER
 
 
 class OptimizedModules:
-    """An encoder and a loss, their optimizers, and what a checkpoint takes of them.
+    """Modules, their optimizers, and what a checkpoint takes of them.
 
     Args:
-        encoder: The encoder, as the strategy has spread it.
-        loss: The loss, whole on every rank.
+        modules: The encoder, as the strategy has spread it, and the others, whole on every rank.
         optim: Options of AdamW.
         collectives: How ranks reach each other.
     """
 
     def __init__(
-        self, encoder: Encoder, loss: ContrastiveLoss, optim: OptimConfig, collectives: Collectives
+        self, modules: Mapping[str, nn.Module], optim: OptimConfig, collectives: Collectives
     ) -> None:
-        self.encoder = encoder
-        self.loss = loss
+        self.modules = modules
         self.collectives = collectives
-        self.encoder_parameters = trained(encoder)
-        self.loss_parameters = trained(loss)
-        self.parameters = [*self.encoder_parameters, *self.loss_parameters]
+        encoder, others = split_modules(modules)
+        self.encoder: Encoder = encoder
+        self.whole_parameters = trained(*others.values())
+        self.parameters = [*trained(encoder), *self.whole_parameters]
         self.num_parameters = sum(p.numel() for p in self.parameters)
         # Two, for one kernel can't take plain tensors and DTensors together.
-        self.optimizers = [make_optimizer([m], optim) for m in (encoder, loss) if trained(m)]
+        kinds = ([encoder], list(others.values()))
+        self.optimizers = [make_optimizer(kind, optim) for kind in kinds if trained(*kind)]
 
     def missing_bytes(self) -> int:
         """Return what gradients and AdamW have still to take of this rank's device, at most."""
@@ -108,14 +109,14 @@ class OptimizedModules:
                     optimizer.state[parameter] = entries_of(tensors, names[parameter], parameter)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for prefix, module in (("encoder", self.encoder), ("loss", self.loss)):
+        for prefix, module in self.modules.items():
             for name, tensor in module.state_dict().items():
                 yield f"{prefix}.{name}", tensor
 
     def _names_of_parameters(self) -> dict[Tensor, str]:
         return {
             parameter: f"{prefix}.{name}"
-            for prefix, module in (("encoder", self.encoder), ("loss", self.loss))
+            for prefix, module in self.modules.items()
             for name, parameter in module.named_parameters()
         }
 
@@ -138,9 +139,30 @@ class OptimizedModules:
         return torch.hypot(of_shards, norm.to(of_shards))
 
 
-def trained(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a module that are trained."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+class Root(nn.Module):
+    """What a wrapper goes around, so that its hooks bracket a whole function of the encoder.
+
+    Args:
+        encoder: The only module whose weights the wrapper sees.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Return what the function gives."""
+        return function(*inputs)
+
+
+def split_modules(modules: Mapping[str, nn.Module]) -> tuple[Any, dict[str, nn.Module]]:
+    """Return the encoder, and the modules that stay whole on every rank."""
+    return modules[ENCODER], {name: one for name, one in modules.items() if name != ENCODER}
+
+
+def trained(*modules: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of modules that are trained."""
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
 def missing_bytes(

@@ -3,61 +3,67 @@
 The loop calls these and nothing else, so it runs unchanged on replicas, sharded parameters or
 DeepSpeed's engine.
 
-A tensor of the encoder is called `encoder.NAME` and one of the loss `loss.NAME`, whole and in the
-shapes of the unwrapped modules: what one strategy saves, any other loads.
+What is trained is a mapping of modules by name. The one called `encoder` is spread; all others are
+small, and whole on every rank. A tensor is called by its module's name and its own, such as
+`encoder.backbone.embeddings.weight`, whole and in the shape of the unwrapped module: what one
+strategy saves, any other loads.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from largebatch.batch import Chunk
-from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
 
+ENCODER = "encoder"
+"""Name of the module that a strategy spreads."""
+
 
 class Backward(Protocol):
-    """Pushes the gradients of some chunks' embeddings into the weights."""
+    """Pushes the gradients of some chunks' outputs into the weights."""
 
     def __call__(
-        self, embeddings: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool
+        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool
     ) -> None:
-        """Back-propagate; each of the embeddings has a graph of its own.
+        """Back-propagate; each of the outputs has a graph of its own.
 
         Args:
-            embeddings: What `Strategy.encoder` returned for some chunks; none: nothing to do.
+            outputs: What `Strategy.run` returned for some chunks; none: nothing to do.
             gradients: As many tensors of the same shapes.
             last: Whether this is the step's last call on this rank.
         """
 
 
-class Strategy(Protocol):
-    """How the model is spread over ranks. All ranks call the same methods in the same order."""
+class Spread(Protocol):
+    """How weights are spread over ranks: what a step must know to compute a gradient.
+
+    All ranks call the same methods in the same order.
+    """
 
     collectives: Collectives
-    loss: ContrastiveLoss
-    num_parameters: int
-    """Trained numbers of the whole model, the temperature included."""
     equal_chunks: bool
     """Whether every rank must run equally many forward and as many backward passes."""
     can_redo: bool
     """Whether all that backward passes do is to add to `.grad`: then a step that ran out of memory
     in its midst can be taken back and done again."""
 
-    @property
-    def encoder(self) -> Callable[[Chunk], Tensor]:
-        """What forward passes go through in training, `chunk -> [n, d]`."""
+    def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Return what a function of inputs gives, with the encoder's weights in place.
+
+        Every forward pass of training goes through here. The function may call the encoder once,
+        and other modules as it likes.
+        """
 
     def gradient_pass(self) -> AbstractContextManager[Backward]:
         """Run a step's backward passes inside; leaving averages their gradients, once.
 
-        Gradients of the encoder are made by what the context gives, those of the loss by plain
-        autograd. A gradient from before, the same on all ranks, is added to by ddp and fsdp;
-        DeepSpeed begins anew.
+        Gradients of the encoder are made by what the context gives, those of the other modules by
+        that or by plain autograd. A gradient from before, the same on all ranks, is added to by
+        ddp and fsdp; DeepSpeed begins anew.
         """
 
     def missing_bytes(self) -> int:
@@ -67,17 +73,26 @@ class Strategy(Protocol):
         state it holds its share.
         """
 
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+
+
+class Strategy(Spread, Protocol):
+    """How the model is spread over ranks, moved, saved and restored."""
+
+    modules: Mapping[str, nn.Module]
+    """All that is trained, by name."""
+    num_parameters: int
+    """Trained numbers of all modules."""
+
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm` (0: leave them) and return their norm before.
 
-        The norm is over the whole model, the temperature included.
+        The norm is over all modules.
         """
 
     def step(self, learning_rate: float) -> None:
         """Move the weights by AdamW."""
-
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
 
     def parameter_norm(self) -> Tensor:
         """Return the norm of all weights, a scalar."""

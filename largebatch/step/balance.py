@@ -1,4 +1,4 @@
-"""Even parts: ranks exchange pairs, so that none has more tokens to embed than the others.
+"""Balance: ranks exchange pairs, so that none has more tokens to embed than the others.
 
 Ranks have equally many pairs, not equally many tokens, and all of them wait for the one that has
 most: the fewer pairs a rank has, the longer (benchmarks/results/balance.md). Whose a pair is does
@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from largebatch.batch import Texts
+from largebatch.batch import RankBatch, Texts
 from largebatch.parallel.collectives import Collectives
+from largebatch.step.hashes import id_hashes
 
 WORTHWHILE = 0.02
 """Ranks exchange nothing unless the longest part exceeds the mean by this share."""
@@ -23,73 +24,117 @@ WORTHWHILE = 0.02
 Numbers = npt.NDArray[np.int64]
 
 
-class Part(NamedTuple):
-    """One rank's part of a global batch, without what only a person reads."""
+class Pairs(NamedTuple):
+    """One rank's part of a global batch, as numbers that can go to another rank."""
 
     queries: Texts
     """b texts."""
     documents: Texts
     """b texts, each the positive of the query in the same row."""
     negatives: Texts
-    """n texts, negatives for every query of all ranks."""
+    """n texts."""
+    negative_counts: Numbers | None
+    """`[b]`, how many of the negatives are each query's own, in the queries' order; None: they are
+    nobody's own."""
     id_hashes: Numbers | None
     """`[b]`, of the pairs' records; None: nobody knows them."""
 
+    @classmethod
+    def of(cls, batch: RankBatch) -> "Pairs":
+        """Return what a batch holds."""
+        counts, ids = batch.negative_counts, batch.same_ids
+        return cls(
+            batch.queries,
+            batch.documents,
+            batch.negatives,
+            None if counts is None else counts.astype(np.int64),
+            None if ids is None else id_hashes(ids),
+        )
+
     @property
     def tokens(self) -> Numbers:
-        """`[b + n]`, the tokens of each pair and of each negative: what can go to another rank."""
-        pairs = self.queries.lengths.astype(np.int64) + self.documents.lengths
-        return np.concatenate([pairs, self.negatives.lengths.astype(np.int64)])
+        """`[b]` tokens of each pair and of its own negatives; nobody's follow, `[b + n]`.
 
-    def take(self, units: npt.NDArray[Any]) -> "Part":
-        """Return some pairs and negatives, by their place in `tokens`."""
+        These are the loads that can go to another rank, each as a whole.
+        """
+        pairs = self.queries.lengths.astype(np.int64) + self.documents.lengths
+        lengths = self.negatives.lengths.astype(np.int64)
+        if self.negative_counts is None:
+            return np.concatenate([pairs, lengths])
+        np.add.at(pairs, np.repeat(np.arange(len(pairs)), self.negative_counts), lengths)
+        return pairs
+
+    def take(self, loads: npt.NDArray[Any]) -> "Pairs":
+        """Return some of the loads, by their place in `tokens`."""
         b = self.queries.num_texts
-        pairs, negatives = units[units < b], units[units >= b] - b
-        return Part(
+        pairs, negatives = loads[loads < b], loads[loads >= b] - b
+        counts = None
+        if self.negative_counts is not None:
+            counts = self.negative_counts[pairs]
+            first = (np.cumsum(self.negative_counts) - self.negative_counts)[pairs]
+            before = np.cumsum(counts) - counts
+            negatives = np.repeat(first - before, counts) + np.arange(int(counts.sum()))
+        return Pairs(
             self.queries.take(pairs),
             self.documents.take(pairs),
             self.negatives.take(negatives),
+            counts,
             None if self.id_hashes is None else self.id_hashes[pairs],
         )
 
     @classmethod
-    def concatenate(cls, parts: Sequence["Part"]) -> "Part":
+    def concatenate(cls, parts: Sequence["Pairs"]) -> "Pairs":
         """Join several parts, in order."""
+        counts = [part.negative_counts for part in parts if part.negative_counts is not None]
         hashes = [part.id_hashes for part in parts if part.id_hashes is not None]
         return cls(
             Texts.concatenate([part.queries for part in parts]),
             Texts.concatenate([part.documents for part in parts]),
             Texts.concatenate([part.negatives for part in parts]),
+            np.concatenate(counts) if counts else None,
             np.concatenate(hashes) if hashes else None,
         )
 
 
-def even_out(part: Part, collectives: Collectives) -> Part:
+def exchange_pairs(pairs: Pairs, collectives: Collectives) -> Pairs:
     """Return this rank's part after the exchange; all ranks must call it.
 
     One small all-gather between hosts, and a second one of the texts that move, if any do.
     """
     rank, size = collectives.world.rank, collectives.world.size
     if size == 1:
-        return part
-    knows_ids = part.id_hashes is not None
-    header = [knows_ids, part.queries.num_texts]
-    told = collectives.gather_ragged(np.concatenate([header, part.tokens]))
-    assert all(numbers[0] == knows_ids for numbers in told), "ranks know different things"
-    num_pairs = [int(numbers[1]) for numbers in told]
-    tokens = [numbers[2:] for numbers in told]
+        return pairs
+    known = _Known(pairs.negative_counts is not None, pairs.id_hashes is not None)
+    header = [*known, pairs.queries.num_texts]
+    counts = np.empty(0, np.int64) if pairs.negative_counts is None else pairs.negative_counts
+    told = collectives.gather_ragged(np.concatenate([header, counts, pairs.tokens]))
+    assert all(tuple(numbers[:2]) == known for numbers in told), "ranks know different things"
+    num_pairs = [int(numbers[2]) for numbers in told]
+    own = [b if known.counts else 0 for b in num_pairs]
+    counts_of_ranks = [numbers[3 : 3 + n] for numbers, n in zip(told, own, strict=True)]
+    tokens = [numbers[3 + n :] for numbers, n in zip(told, own, strict=True)]
     owners = new_owners(tokens)
     given = [np.flatnonzero(owner != number) for number, owner in enumerate(owners)]
-    if not any(len(units) for units in given):
-        return part
-    sizes = [_message_size(*one, knows_ids) for one in zip(tokens, num_pairs, given, strict=True)]
-    messages = collectives.gather_ragged(_message(part.take(given[rank])), most=max(sizes))
-    parts = [part.take(np.flatnonzero(owners[rank] == rank))]
-    for owner, units, b, message in zip(owners, given, num_pairs, messages, strict=True):
-        mine = np.flatnonzero(owner[units] == rank)
+    if not any(len(loads) for loads in given):
+        return pairs
+    sizes = [
+        _message_size(*one, known)
+        for one in zip(tokens, counts_of_ranks, num_pairs, given, strict=True)
+    ]
+    messages = collectives.gather_ragged(_message(pairs.take(given[rank])), most=max(sizes))
+    parts = [pairs.take(np.flatnonzero(owners[rank] == rank))]
+    for owner, loads, b, message in zip(owners, given, num_pairs, messages, strict=True):
+        mine = np.flatnonzero(owner[loads] == rank)
         if len(mine):
-            parts.append(_read(message, units < b, knows_ids).take(mine))
-    return Part.concatenate(parts)
+            parts.append(_read(message, loads < b, known).take(mine))
+    return Pairs.concatenate(parts)
+
+
+class _Known(NamedTuple):
+    """What all ranks know of their pairs, or none does."""
+
+    counts: bool
+    ids: bool
 
 
 def new_owners(tokens: Sequence[Numbers]) -> list[Numbers]:
@@ -112,14 +157,14 @@ def new_owners(tokens: Sequence[Numbers]) -> list[Numbers]:
     given: list[tuple[int, int, int]] = []
     for rank in [rank for rank, number in enumerate(held) if number > mean]:
         own = tokens[rank]
-        for unit in _longest_that_fit(own, held[rank] - mean):
-            given.append((-int(own[unit]), rank, unit))
-            held[rank] -= int(own[unit])
+        for load in _longest_that_fit(own, held[rank] - mean):
+            given.append((-int(own[load]), rank, load))
+            held[rank] -= int(own[load])
     least = [(number, rank) for rank, number in enumerate(held)]
     heapq.heapify(least)
-    for negative_length, rank, unit in sorted(given):
+    for negative_length, rank, load in sorted(given):
         number, receiver = least[0]
-        owners[rank][unit] = receiver
+        owners[rank][load] = receiver
         heapq.heapreplace(least, (number - negative_length, receiver))
     return owners
 
@@ -138,29 +183,41 @@ def _longest_that_fit(tokens: Numbers, room: float) -> list[int]:
         room -= int(ascending[end])
 
 
-def _message(part: Part) -> Numbers:
-    sides = (part.queries, part.documents, part.negatives)
-    hashes = [] if part.id_hashes is None else [part.id_hashes]
+def _message(pairs: Pairs) -> Numbers:
+    sides = (pairs.queries, pairs.documents, pairs.negatives)
+    of_pairs = [one for one in (pairs.id_hashes, pairs.negative_counts) if one is not None]
     lengths = [side.lengths.astype(np.int64) for side in sides]
     tokens = [side.tokens.astype(np.int64) for side in sides]
-    return np.concatenate([*hashes, *lengths, *tokens])
+    return np.concatenate([*of_pairs, *lengths, *tokens])
 
 
-def _message_size(tokens: Numbers, num_pairs: int, units: Numbers, knows_ids: bool) -> int:
+def _message_size(
+    tokens: Numbers, counts: Numbers, num_pairs: int, loads: Numbers, known: _Known
+) -> int:
     """Return how long a rank's message is, which all know: so one gather has room for all."""
-    per_pair = 3 if knows_ids else 2
-    pairs = int((units < num_pairs).sum())
-    return pairs * per_pair + (len(units) - pairs) + int(tokens[units].sum())
+    pairs = loads[loads < num_pairs]
+    num_negatives = int(counts[pairs].sum()) if known.counts else len(loads) - len(pairs)
+    return len(pairs) * (2 + sum(known)) + num_negatives + int(tokens[loads].sum())
 
 
-def _read(message: Numbers, are_pairs: npt.NDArray[np.bool_], knows_ids: bool) -> Part:
+def _read(message: Numbers, are_pairs: npt.NDArray[np.bool_], known: _Known) -> Pairs:
     """Return what `_message` was made of."""
-    num_pairs = int(are_pairs.sum())
-    counts = [num_pairs if knows_ids else 0, num_pairs, num_pairs, len(are_pairs) - num_pairs]
-    hashes, *lengths, tokens = np.split(message, np.cumsum(counts))
+    b = int(are_pairs.sum())
+    num_negatives = len(are_pairs) - b
+    if known.counts:
+        begin = b if known.ids else 0
+        num_negatives = int(message[begin : begin + b].sum())
+    numbers = [b if known.ids else 0, b if known.counts else 0, b, b, num_negatives]
+    hashes, counts, *lengths, tokens = np.split(message, np.cumsum(numbers))
     sides = np.split(tokens, np.cumsum([side.sum() for side in lengths])[:-1])
     queries, documents, negatives = (
         Texts(side.astype(np.int32), own.astype(np.int32))
         for side, own in zip(sides, lengths, strict=True)
     )
-    return Part(queries, documents, negatives, hashes if knows_ids else None)
+    return Pairs(
+        queries,
+        documents,
+        negatives,
+        counts if known.counts else None,
+        hashes if known.ids else None,
+    )

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -12,9 +11,7 @@ from largebatch.batch import Chunk, Texts
 from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
 from largebatch.out_of_memory import ends_with, free_bytes, peak_bytes, seconds_of
-from largebatch.parallel.collectives import Collectives
-from largebatch.parallel.ddp import backward as backward_locally
-from largebatch.parallel.strategy import Backward, Strategy
+from largebatch.parallel.strategy import Backward, Spread
 from largebatch.step.dropout import RandomState
 from largebatch.step.memory import FREE_SHARE
 
@@ -25,7 +22,7 @@ def choose_tokens_per_chunk(
     encoder: Encoder,
     texts: Texts,
     *,
-    strategy: Strategy | None = None,
+    strategy: Spread,
     smallest: int = 512,
     largest: int = 65536,
     tries: int = 3,
@@ -35,7 +32,7 @@ def choose_tokens_per_chunk(
     Args:
         encoder: The encoder; its weights and the random state stay as they are, `.grad` is cleared.
         texts: A sample of this rank's texts, at best those of a batch.
-        strategy: How the model is spread over ranks. None: this rank has all of it.
+        strategy: How the encoder is spread over ranks.
         smallest: First size tried, tokens.
         largest: Last size tried, tokens.
         tries: Passes over each chunk, of which the fastest counts.
@@ -50,11 +47,11 @@ def choose_tokens_per_chunk(
     run alike, a GPU tries a size only if all have room for it, by what the one before it took. All
     ranks must call it, and all get the same number.
     """
-    collectives = Collectives()
+    collectives = strategy.collectives
     state = RandomState.of(encoder.device)
     if texts.num_texts == 0:
         texts = Texts.from_lists([[encoder.pad_id]])
-    alike = strategy is not None and strategy.equal_chunks
+    alike = strategy.equal_chunks
     best, best_rate, bytes_per_token, size = 0, 0.0, 0.0, smallest
     while size <= largest:
         with ends_with(partial(_does_not_fit, size, best)):
@@ -70,7 +67,7 @@ def choose_tokens_per_chunk(
         if slowest == 0 or missing == 1:
             break
         size *= 2
-    (strategy or encoder).zero_grad()
+    strategy.zero_grad()
     state.restore()
     if best == 0:
         raise UserError(_does_not_fit(smallest, best))
@@ -115,31 +112,25 @@ def _should_fit(sample: _Sample, bytes_per_token: float) -> bool:
     return bytes_per_token * _most_tokens(sample) <= FREE_SHARE * free_bytes(device)
 
 
-def _try(
-    encoder: Encoder, sample: _Sample, strategy: Strategy | None, tries: int
-) -> tuple[float, float]:
+def _try(encoder: Encoder, sample: _Sample, strategy: Spread, tries: int) -> tuple[float, float]:
     """Return tokens per second of forward and backward passes, and the bytes that a token takes.
 
     0 tokens per second: out of memory. Every other rank runs equally many passes; where they can't
     go on without this one, it raises torch's error.
     """
-    forward = encoder if strategy is None else strategy.encoder
 
     def run(chunk: Chunk, backward: Backward, *, last: bool) -> None:
-        embeddings = forward(chunk)
+        embeddings = strategy.run(encoder, chunk)
         backward([embeddings], [torch.ones_like(embeddings)], last=last)
 
     seconds = 0.0
-    with (
-        peak_bytes(encoder.device) as peak,
-        nullcontext(backward_locally) if strategy is None else strategy.gradient_pass() as backward,
-    ):
+    with peak_bytes(encoder.device) as peak, strategy.gradient_pass() as backward:
         for half, chunk in enumerate(sample.chunks):
             fastest = math.inf
             for again in range(tries, 0, -1):
                 last = half == 1 and again == 1
                 one = seconds_of(partial(run, chunk, backward, last=last), encoder.device)
-                if one == math.inf and strategy is not None and strategy.equal_chunks:
+                if one == math.inf and strategy.equal_chunks:
                     # Out of the context without its reduction, which other ranks are far from.
                     raise torch.OutOfMemoryError
                 if one == math.inf:

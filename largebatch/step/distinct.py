@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from largebatch.batch import Texts
-from largebatch.model.chunks import Rows
+from largebatch.model.chunks import TextRows
 
 
 class DistinctTexts(NamedTuple):
@@ -13,7 +13,7 @@ class DistinctTexts(NamedTuple):
 
     texts: Texts
     """`u` texts, in the order in which each occurs first."""
-    places: Rows
+    places: TextRows
     """`[n]`, which of them each of the given texts is."""
 
 

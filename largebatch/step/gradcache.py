@@ -1,90 +1,75 @@
 """Gradient caching: the gradient of a global batch in the memory of one chunk (arXiv 2101.06983).
 
-0. Even out the ranks' parts (see balance.py).
-1. Embed every chunk, keeping for the backward pass what memory allows (see keep.py), and
-   noting the random state before each chunk that keeps nothing.
-2. Gather the embeddings of all ranks; loss; its gradient with respect to this rank's embeddings.
-3. Push the embeddings' gradient into the weights: all chunks that kept something in one backward
-   pass, then each other after restoring its random state and embedding it again.
+0. Balance: ranks exchange pairs, so that they have equally many tokens (balance.py).
+1. Embed every chunk: with its graph where memory allows (memory.py), else without, noting the
+   random state before it (passes.py).
+2. Gather embeddings of all ranks; the objective's loss; its gradient with respect to this rank's
+   embeddings (objective.py).
+3. Push that gradient into the weights: all chunks that kept their graph in one backward pass, then
+   each other after restoring its random state and embedding it again.
 4. Average the gradients over ranks, once.
 
 The chain rule makes this equal to one backward pass over the whole global batch.
+
+What ranks tell each other, once per step however many chunks there are:
+
+1. how many rows each has, with what the objective must know of them and a hash of its generator: an
+   all-gather of integers (a second one where a rank has more of them than any had before), from
+   host to host;
+2. the embeddings of the sides that the objective gathers: an all-gather, and a reduce-scatter of
+   their gradient;
+3. what the objective itself combines, such as the loss.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from largebatch.batch import Texts
+from largebatch.batch import RankBatch, Texts
 from largebatch.errors import UserError
-from largebatch.losses.infonce import ContrastiveLoss
-from largebatch.losses.masks import PairHashes
 from largebatch.model.encoder import Encoder
-from largebatch.objectives.contrastive import ContrastiveObjective, hash_pairs
 from largebatch.out_of_memory import ends_with
 from largebatch.parallel.collectives import Collectives
-from largebatch.parallel.ddp import backward as backward_locally
-from largebatch.parallel.ddp import one_reduction
-from largebatch.parallel.strategy import Backward, Strategy
+from largebatch.parallel.ddp import Replicas
+from largebatch.parallel.strategy import Spread
 from largebatch.phases import phase
-from largebatch.step.balance import Part, even_out
+from largebatch.step.balance import Pairs, exchange_pairs
 from largebatch.step.chunk_size import choose_tokens_per_chunk
 from largebatch.step.distinct import DistinctTexts, distinct_texts
 from largebatch.step.dropout import RandomState, masks_of_rank, state_hash
-from largebatch.step.hashes import id_hashes
 from largebatch.step.memory import StepMemory
-from largebatch.step.passes import Passes, Sending, StepMustBeDoneAgain
+from largebatch.step.objective import (
+    EmbeddedBatch,
+    EmbeddingObjective,
+    Facts,
+    Numbers,
+    StepReport,
+    Work,
+)
+from largebatch.step.passes import EarlyGather, Passes, StepMustBeDoneAgain
 from largebatch.transfer import to_device
 
 TextList = Sequence[str] | Sequence[Sequence[int]] | Texts
 """Texts, token lists, or packed tokens."""
 
 
-class StepReport(NamedTuple):
-    """What a call of GradCache found out on the way."""
-
-    loss: Tensor
-    """Scalar, the mean over the global batch, the same on all ranks, without a graph."""
-    accuracy: Tensor
-    """Scalar, the share of queries whose own document scores highest among all columns."""
-    masked_share: Tensor
-    """Scalar, the share of all queries' negatives that is left out as false ones (masks.py)."""
-    without_negatives: Tensor
-    """Scalar, the share of queries that have no negative: nothing is learned from them."""
-    embeddings_finite: Tensor
-    """Bool scalar, whether all of this rank's embeddings are finite."""
-    num_tokens: int
-    """Tokens of this rank's texts, of those that it embeds."""
-    num_encoded_tokens: int
-    """Those that went through the encoder: of identical texts only the first's."""
-    num_padded_tokens: int
-    """The same, padding included."""
-    num_chunks: int
-    """Chunks of this rank."""
-    units: float
-    """Work of the step's encoder passes: a forward pass is 1, a backward pass 2. So 4 with nothing
-    kept, 3 with everything."""
-
-
 class GradCache:
-    """Puts the gradient of a global batch into `.grad` of an encoder and of a loss's temperature.
+    """Puts the gradient of a global batch into `.grad` of an encoder and of an objective.
 
     Args:
         encoder: Embeds one chunk.
-        loss: Contrasts the embeddings.
+        objective: What is optimized, such as a `ContrastiveLoss`.
         tokens_per_chunk: Most tokens, padding included, that go through the encoder at once: what
             memory is spent on. The result doesn't depend on it, but for rounding. None: the fastest
             of a few sizes, tried in the first step. Halved where memory runs out.
-        keep: What the first pass keeps for the backward pass. "none" embeds each chunk a second
-            time, in the memory of one chunk. "layers" keeps a little of each layer and saves a
-            third of that work, "products" keeps what is expensive to compute and saves all but a
-            little of it, "all" keeps every chunk's graph, in the memory of a full batch. "auto"
-            chooses, by the memory that is free, among those that are faster for it.
-        keep_gib: Memory that may be held for the backward pass; chunks that don't fit keep less, or
-            nothing. None: as much as it takes; for "auto" on a GPU: what is free.
+        keep: Which chunks keep their graph from the first pass to the backward pass. "none" embeds
+            each chunk a second time, in the memory of one chunk. "all" saves that work, in the
+            memory of a full batch. "auto" keeps as many graphs as fit into `keep_gib`.
+        keep_gib: Memory that graphs may hold; chunks beyond it keep nothing. None: as much as it
+            takes; for "auto" on a GPU: what is free.
         strategy: How the model is spread over ranks. None: every rank holds all of it, and one
             all-reduce averages the gradients.
         balance: Whether ranks exchange pairs, so that none embeds more tokens than the others. The
@@ -107,24 +92,25 @@ class GradCache:
     def __init__(
         self,
         encoder: Encoder,
-        loss: ContrastiveLoss,
+        objective: EmbeddingObjective,
         *,
         tokens_per_chunk: int | None = 16384,
         keep: str = "none",
         keep_gib: float | None = None,
-        strategy: Strategy | None = None,
+        strategy: Spread | None = None,
         balance: bool = True,
     ) -> None:
         self.encoder = encoder
-        self.loss = loss
+        self.objective = objective
         self.memory = StepMemory(tokens_per_chunk, keep, keep_gib)
         """How much a step takes: what was chosen, measured or halved. A run that is resumed sets it
         again, so that it goes on with the same numbers."""
+        if strategy is None:
+            strategy = Replicas([encoder, objective], Collectives())
         self.strategy = strategy
         self.balance = balance
-        self.collectives = Collectives()
-        self.objective = ContrastiveObjective(loss, self.collectives)
-        self.passes = Passes(encoder, self.memory, self.collectives, strategy)
+        self.collectives = strategy.collectives
+        self.passes = Passes(encoder, self.memory, strategy)
 
     def __call__(
         self, queries: TextList, documents: TextList, negatives: TextList | None = None
@@ -139,54 +125,53 @@ class GradCache:
         Raises:
             UserError: There are not as many documents as queries.
         """
-        return self.report(queries, documents, negatives).loss
-
-    def report(
-        self,
-        queries: TextList,
-        documents: TextList,
-        negatives: TextList | None = None,
-        *,
-        symmetric: bool | None = None,
-        ids: Sequence[str] | None = None,
-    ) -> StepReport:
-        """Do the same and return the loss with what else was found out on the way.
-
-        `symmetric` overrides the loss's for this batch; all ranks must pass the same. `ids`, one a
-        query, are for a loss that leaves out false negatives: queries with the same id have all
-        their documents in common. All ranks give them or none.
-        """
-        part = Part(
+        batch = RankBatch(
             self._tokens(queries, "query"),
             self._tokens(documents, "document"),
             self._tokens([] if negatives is None else negatives, "document"),
-            None if ids is None or not self.loss.mask_duplicates else id_hashes(ids),
         )
-        if part.queries.num_texts != part.documents.num_texts:
+        return self.accumulate(batch).loss
+
+    def accumulate(self, batch: RankBatch) -> StepReport:
+        """Add the gradient to `.grad` and return the loss with what was found out on the way.
+
+        Raises:
+            UserError: There are not as many documents as queries, or no rank has any; or the step
+                is too much for the memory.
+        """
+        if batch.queries.num_texts != batch.documents.num_texts:
             raise UserError(
-                f"{part.queries.num_texts} queries need as many documents, got "
-                f"{part.documents.num_texts}"
+                f"{batch.queries.num_texts} queries need as many documents, got "
+                f"{batch.documents.num_texts}"
             )
         with ends_with(self.memory.ran_out):
-            return self._report(part, symmetric)
+            return self._accumulate(batch)
 
-    def _report(self, part: Part, symmetric: bool | None) -> StepReport:
+    def choose_tokens_per_chunk(self, batch: RankBatch) -> int:
+        """Set the tokens per chunk to the fastest for such a batch, and return them.
+
+        All ranks must call it.
+        """
+        texts = Texts.concatenate([batch.queries, batch.documents, batch.negatives])
+        chosen = choose_tokens_per_chunk(self.encoder, texts, strategy=self.strategy)
+        self.memory.tokens_per_chunk = chosen
+        return chosen
+
+    def _accumulate(self, batch: RankBatch) -> StepReport:
+        # 0. Balance.
+        pairs = Pairs.of(batch)
         if self.balance:
             with phase("gather"):
-                part = even_out(part, self.collectives)
-        hashes = hash_pairs(*part) if self.loss.mask_duplicates else None
-        sides = part[:3]
-        sizes = [side.num_texts for side in sides]
-        texts = Texts.concatenate(sides)
+                pairs = exchange_pairs(pairs, self.collectives)
         if self.memory.tokens_per_chunk is None:
-            self.choose_tokens_per_chunk(texts)
-        distinct = distinct_texts(texts, sizes[0])
+            self.choose_tokens_per_chunk(batch)
+        prepared = self._prepare(pairs, batch)
         before = RandomState.of(self.encoder.device)
-        parameters = [*self.encoder.parameters(), *self.loss.parameters()]
-        can_redo = self.passes.can_redo and all(p.grad is None for p in parameters)
+        parameters = [*self.encoder.parameters(), *self.objective.parameters()]
+        can_redo = self.strategy.can_redo and all(p.grad is None for p in parameters)
         while True:
             try:
-                return self._step(sizes, texts, distinct, hashes, symmetric, can_redo=can_redo)
+                return self._step(prepared, can_redo=can_redo)
             except StepMustBeDoneAgain:
                 pass
             # Out here nothing holds the graphs any more.
@@ -194,47 +179,44 @@ class GradCache:
                 parameter.grad = None
             before.restore()
 
-    @property
-    def tokens_per_chunk(self) -> int | None:
-        """Most tokens of a chunk, as they are now: None before they are chosen, halved since."""
-        return self.memory.tokens_per_chunk
+    def _prepare(self, pairs: Pairs, batch: RankBatch) -> "_Prepared":
+        sides = {"query": pairs.queries, "document": pairs.documents, "negative": pairs.negatives}
+        sizes = {name: side.num_texts for name, side in sides.items()}
+        texts = Texts.concatenate(list(sides.values()))
+        distinct = distinct_texts(texts, sizes["query"])
+        places = dict(
+            zip(sides, np.split(distinct.places, np.cumsum(list(sizes.values()))[:-1]), strict=True)
+        )
+        gathered = self.objective.gathered_sides(batch.loss_options)
+        columns = [places[side] for side in gathered]
+        return _Prepared(
+            pairs,
+            batch,
+            texts,
+            distinct,
+            np.concatenate(columns) if columns else np.empty(0, np.intp),
+        )
 
-    def choose_tokens_per_chunk(self, texts: Texts) -> int:
-        """Set the tokens per chunk to the fastest for such texts, and return them.
-
-        All ranks must call it.
-        """
-        chosen = choose_tokens_per_chunk(self.encoder, texts, strategy=self.strategy)
-        self.memory.tokens_per_chunk = chosen
-        return chosen
-
-    def _step(
-        self,
-        sizes: list[int],
-        texts: Texts,
-        distinct: DistinctTexts,
-        hashes: PairHashes | None,
-        symmetric: bool | None,
-        *,
-        can_redo: bool,
-    ) -> StepReport:
-        b, _, n = sizes
+    def _step(self, prepared: "_Prepared", *, can_redo: bool) -> StepReport:
+        pairs, batch, texts, distinct, columns = prepared
         device = self.encoder.device
         num_distinct = distinct.texts.num_texts
-        # 1. Embed; while chunks without columns are embedded, the columns are sent already.
-        columns = distinct.places[b:]
+        gathered = self.objective.gathered_sides(batch.loss_options)
+        # 1. Embed; while chunks without columns are embedded, the columns are gathered already.
         chunks = self.passes.plan(distinct.texts, columns)
         with phase("gather"):
-            rows = self.objective.tell(
-                b, n, hashes, num_chunks=len(chunks), random_state=state_hash(device)
-            )
+            told = self._tell(pairs, len(chunks), state_hash(device))
+        counts = [
+            sum({"query": b, "document": b, "negative": n}[side] for side in gathered)
+            for b, n, _ in told.facts
+        ]
         embeddings_ud = torch.empty(
             num_distinct, self.encoder.embedding_width, dtype=self.encoder.dtype, device=device
         )
-        sending = Sending(self.collectives, rows.columns, embeddings_ud, columns)
-        with masks_of_rank(rows.random_states, self.collectives.world.rank, device):
+        gather = EarlyGather(self.collectives, counts, embeddings_ud, columns)
+        with masks_of_rank(told.random_states, self.collectives.world.rank, device):
             embedded = self.passes.embed(
-                distinct.texts, chunks, rows.most_chunks, embeddings_ud, sending
+                distinct.texts, chunks, told.num_chunks, embeddings_ud, gather
             )
 
         # 2. Loss, and its gradient with respect to the embeddings.
@@ -242,40 +224,77 @@ class GradCache:
         embeddings_nd = leaf_ud
         if num_distinct < texts.num_texts:
             embeddings_nd = leaf_ud[to_device(distinct.places, device)]
-        value = self.objective(
-            *embeddings_nd.split(sizes),
-            rows=rows,
-            columns=sending.started,
-            symmetric=symmetric,
+        b, n = pairs.queries.num_texts, pairs.negatives.num_texts
+        sides = dict(
+            zip(("query", "document", "negative"), embeddings_nd.split([b, b, n]), strict=True)
         )
-        with self._gradient_pass() as backward:
+        gathered_md = None
+        if gathered:
+            with phase("gather"):
+                own = [sides[side] for side in gathered if len(sides[side])]
+                own_md = torch.cat(own) if len(own) > 1 else own[0] if own else embeddings_nd[:0]
+                gathered_md = self.collectives.gather_rows(
+                    own_md, counts, started=gather.started
+                ).rows
+        with phase("loss"):
+            value = self.objective.evaluate(
+                EmbeddedBatch(
+                    sides["query"],
+                    sides["document"],
+                    sides["negative"],
+                    pairs.negative_counts,
+                    gathered_md,
+                    sum(counts[: self.collectives.world.rank]),
+                    told.facts,
+                    batch.loss_options,
+                    self.collectives,
+                )
+            )
+        with self.strategy.gradient_pass() as backward:
             with phase("loss"):
-                value.rank_loss.backward()
+                value.own_share.backward()
             assert leaf_ud.grad is not None
             # 3. Push it into the weights.
             self.passes.push(embedded, leaf_ud.grad, backward, can_redo=can_redo)
             # 4. Leaving the context averages the gradients over ranks.
 
         assert embedded is not None  # else memory ran out, and push has said so on all ranks
-        own = [one for one in embedded if len(one.rows_n)]
+        own_chunks = [one for one in embedded if len(one.rows_n)]
+        total = max(sum(one.chunk.num_tokens for one in embedded), 1)
+        kept = sum(one.kept_tokens for one in embedded)
         return StepReport(
-            loss=value.loss,
-            accuracy=value.accuracy,
-            masked_share=value.masked_share,
-            without_negatives=value.without_negatives,
-            embeddings_finite=embeddings_ud.detach().isfinite().all(),
-            num_tokens=int(texts.lengths.sum()),
-            num_encoded_tokens=int(distinct.texts.lengths.sum()),
-            num_padded_tokens=sum(one.chunk.num_tokens for one in own),
-            num_chunks=len(own),
-            units=self.memory.units([(one.level, one.chunk.num_tokens) for one in embedded])
-            + self.encoder.extra_units,
+            value.loss,
+            value.metrics,
+            embeddings_ud.detach().isfinite().all(),
+            Work(
+                num_tokens=int(texts.lengths.sum()),
+                num_encoded_tokens=int(distinct.texts.lengths.sum()),
+                num_padded_tokens=sum(one.chunk.num_tokens for one in own_chunks),
+                num_chunks=len(own_chunks),
+                units=4.0 - kept / total + self.encoder.extra_units,
+            ),
         )
 
-    def _gradient_pass(self) -> AbstractContextManager[Backward]:
-        if self.strategy is not None:
-            return self.strategy.gradient_pass()
-        return _averaged([*self.encoder.parameters(), *self.loss.parameters()], self.collectives)
+    def _tell(self, pairs: Pairs, num_chunks: int, random_state: int) -> "_Told":
+        """Tell all ranks what this one has, and return what they have; all ranks must call it.
+
+        Raises:
+            UserError: No rank has a pair.
+        """
+        known = self.objective.knowledge(pairs)
+        header = [pairs.queries.num_texts, pairs.negatives.num_texts, num_chunks, random_state]
+        sizes = [len(numbers) for numbers in known.values()]
+        message = np.concatenate([np.array([*header, *sizes], np.int64), *known.values()])
+        facts, chunks, states = [], [], []
+        for told in self.collectives.gather_ragged(message):
+            b, n, number, state, *lengths = told[: len(header) + len(known)].tolist()
+            parts = np.split(told[len(header) + len(known) :], np.cumsum(lengths))
+            facts.append(Facts(b, n, dict(zip(known, parts[:-1], strict=True))))
+            chunks.append(number)
+            states.append(state)
+        if sum(one.num_pairs for one in facts) == 0:
+            raise UserError("the global batch has no pairs; all of its records were skipped")
+        return _Told(facts, max(chunks), states)
 
     def _tokens(self, texts: TextList, side: str) -> Texts:
         if isinstance(texts, Texts):
@@ -287,7 +306,23 @@ class GradCache:
         return Texts.from_lists(texts)  # type: ignore[arg-type]
 
 
-@contextmanager
-def _averaged(parameters: Sequence[torch.nn.Parameter], collectives: Collectives) -> Any:
-    with one_reduction(parameters, collectives):
-        yield backward_locally
+class _Prepared(NamedTuple):
+    """What a step works on, however often it is done again."""
+
+    pairs: Pairs
+    batch: RankBatch
+    texts: Texts
+    """Of all sides."""
+    distinct: DistinctTexts
+    columns: Numbers
+    """Which of the distinct texts go to the other ranks, in the order of the sides."""
+
+
+class _Told(NamedTuple):
+    """What ranks have told each other before they embed."""
+
+    facts: list[Facts]
+    num_chunks: int
+    """The most that any rank has."""
+    random_states: list[int]
+    """A hash of each rank's generator."""

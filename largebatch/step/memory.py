@@ -1,20 +1,24 @@
-"""Memory budgets: which chunks keep how much, and how many tokens a chunk should have."""
+"""The memory of a step: how large chunks are, and which of them keep their graph.
+
+A chunk that keeps its graph from the forward to the backward pass is embedded once, not twice. What
+else could be kept is between the two in memory and time, and was no faster than whole graphs of
+some chunks in the same memory (benchmarks/results/keep.md).
+"""
 
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
+from largebatch.batch import Chunk
 from largebatch.config import KEEPS
 from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
 from largebatch.out_of_memory import free_bytes
 from largebatch.parallel.collectives import Collectives
-from largebatch.parallel.modules import missing_bytes
-from largebatch.parallel.strategy import Strategy
-from largebatch.step.keep import LEVELS, LevelCost
+from largebatch.parallel.strategy import Spread
 
 log = logging.getLogger(__name__)
 
@@ -26,88 +30,30 @@ FREE_SHARE = 0.8
 class KeepPlan(NamedTuple):
     """What was measured and decided about keeping."""
 
-    costs: dict[str, LevelCost]
-    """By level."""
-    budget_bytes: int | None
-    """What may be held from the forward to the backward passes. None: as much as it takes."""
+    bytes_per_token: float
+    """What a chunk's graph holds, for each of its tokens, padding included."""
+    budget_bytes: int
+    """What all graphs together may hold."""
 
-    def levels(self, keep: str, chunk_tokens: Sequence[int]) -> list[str]:
-        """Return the level of each chunk.
+    def keeps(self, chunk_tokens: Sequence[int]) -> list[bool]:
+        """Return which chunks keep their graph: one after another, each that still fits.
 
         Args:
-            keep: One of LEVELS: all chunks at this level, or at none where the budget ends. auto:
-                the levels that save the most for the budget.
             chunk_tokens: Tokens of each chunk, padding included.
-
-        A little of every chunk saves more than much of a few. So every chunk is raised to the first
-        level before any is raised to the second.
         """
-        allowed = self.worthwhile if keep == "auto" else [keep]
-        if self.budget_bytes is None:
-            return [allowed[-1]] * len(chunk_tokens)
-        chosen = ["none"] * len(chunk_tokens)
+        chosen = []
         left = float(self.budget_bytes)
-        for level in allowed:
-            for number, tokens in enumerate(chunk_tokens):
-                more = self.costs[level].bytes_per_token
-                more -= self.costs[chosen[number]].bytes_per_token
-                if level != "none" and tokens * more <= left:
-                    left -= tokens * more
-                    chosen[number] = level
+        for tokens in chunk_tokens:
+            fits = tokens * self.bytes_per_token <= left
+            left -= tokens * self.bytes_per_token if fits else 0
+            chosen.append(fits)
         return chosen
 
-    @property
-    def worthwhile(self) -> list[str]:
-        """The levels that are worth their memory, from the least of it to the most.
-
-        Each is at least 2% faster than those that hold less. In a narrow model it may take longer
-        to keep the parts of a graph than to compute them again.
-        """
-        found = ["none"]
-        for level in LEVELS[1:]:
-            seconds, best = (self.costs[one].seconds_per_token for one in (level, found[-1]))
-            if best == 0 or seconds < 0.98 * best:
-                found.append(level)
-        return found
-
-    def held_bytes(self, chosen: Sequence[str], chunk_tokens: Sequence[int]) -> int:
-        """Return what chunks at these levels hold from the forward to the backward passes."""
-        costs = (self.costs[level].bytes_per_token for level in chosen)
-        return int(sum(cost * n for cost, n in zip(costs, chunk_tokens, strict=True)))
-
-    def units(self, chosen: Sequence[str], chunk_tokens: Sequence[int]) -> float:
-        """Return the units of work of a step: forward 1, backward 2, and what is computed again."""
-        total = max(sum(chunk_tokens), 1)
-        again = sum(
-            tokens * self.costs[level].recomputed
-            for level, tokens in zip(chosen, chunk_tokens, strict=True)
-        )
-        return 3.0 + again / total
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain numbers, for JSON; None stands for infinity."""
-        costs = {
-            level: [number if math.isfinite(number) else None for number in cost]
-            for level, cost in self.costs.items()
-        }
-        return {"budget_bytes": self.budget_bytes, "costs": costs}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "KeepPlan":
-        """Read what `to_dict` returned."""
-        costs = {
-            level: LevelCost(*(math.inf if number is None else number for number in cost))
-            for level, cost in values["costs"].items()
-        }
-        return cls(costs, values["budget_bytes"])
-
     def agreed(self, collectives: Collectives) -> "KeepPlan":
-        """Return the highest costs and the lowest budget of all ranks, which all must call."""
-        budget = float("inf") if self.budget_bytes is None else float(self.budget_bytes)
-        numbers = [*(number for level in LEVELS for number in self.costs[level]), -budget]
-        agreed = collectives.max(torch.tensor(numbers, dtype=torch.float64)).tolist()
-        costs = {level: LevelCost(*agreed[3 * i : 3 * i + 3]) for i, level in enumerate(LEVELS)}
-        return KeepPlan(costs, None if agreed[-1] == -float("inf") else int(-agreed[-1]))
+        """Return the highest cost and the lowest budget of all ranks, which all must call."""
+        numbers = torch.tensor([self.bytes_per_token, -float(self.budget_bytes)])
+        cost, budget = collectives.max(numbers.double()).tolist()
+        return KeepPlan(cost, int(-budget))
 
 
 class StepMemory:
@@ -137,47 +83,37 @@ class StepMemory:
 
     @property
     def must_be_measured(self) -> bool:
-        """Whether `levels` needs a plan that is not there yet."""
-        is_given = self.keep in ("none", "all") and self.keep_gib is None
-        return not is_given and self.keep_plan is None
+        """Whether `keeps` needs a plan that is not there yet."""
+        has_budget = self.keep == "auto" or (self.keep == "all" and self.keep_gib is not None)
+        return has_budget and self.keep_plan is None
 
-    def budget_bytes(
-        self, encoder: Encoder, costs: dict[str, LevelCost], strategy: Strategy | None
-    ) -> int | None:
-        """Return what may be held for the backward pass; None: as much as it takes."""
+    def budget_bytes(self, encoder: Encoder, bytes_per_token: float, strategy: Spread) -> int:
+        """Return what graphs may hold, as asked for or as is free on this GPU."""
         if self.keep_gib is not None:
             return int(self.keep_gib * GIB)
-        if self.keep != "auto":
-            return None
         assert self.tokens_per_chunk is not None
-        return measured_budget(encoder, costs, self.tokens_per_chunk, strategy)
+        return measured_budget(encoder, bytes_per_token * self.tokens_per_chunk, strategy)
 
-    def levels(self, chunk_tokens: Sequence[int]) -> list[str]:
-        """Return what each chunk keeps."""
+    def keeps(self, chunk_tokens: Sequence[int]) -> list[bool]:
+        """Return whether each chunk keeps its graph."""
         if self.keep_plan is None:
-            return [self.keep] * len(chunk_tokens)
-        return self.keep_plan.levels(self.keep, chunk_tokens)
+            return [self.keep != "none"] * len(chunk_tokens)
+        return self.keep_plan.keeps(chunk_tokens)
 
-    def units(self, passes: Sequence[tuple[str, int]]) -> float:
-        """Return the units of work of a step whose chunks had these levels and tokens."""
-        if self.keep_plan is None:
-            return 4.0 if any(level == "none" for level, _ in passes) else 3.0
-        return self.keep_plan.units([level for level, _ in passes], [n for _, n in passes])
-
-    def take_less(self, held: Sequence[tuple[str, int]], *, most_texts: int) -> bool:
+    def take_less(self, kept_tokens: int, *, most_texts: int) -> bool:
         """Take less from here on, on this rank; return whether that is possible.
 
         Args:
-            held: Levels and tokens of the chunks in memory when it ran out.
-            most_texts: Texts in the largest of them.
+            kept_tokens: Tokens of the chunks whose graphs were in memory when it ran out.
+            most_texts: Texts in the largest chunk.
         """
         assert self.tokens_per_chunk is not None
-        if any(level != "none" for level, _ in held):
+        if kept_tokens:
             if self.keep_plan is None:
                 self.keep = "none"
                 log.warning("out of memory with keep=all: going on with keep=none (see keep_gib)")
             else:
-                half = self.keep_plan.held_bytes(*zip(*held, strict=True)) // 2
+                half = int(kept_tokens * self.keep_plan.bytes_per_token) // 2
                 self.keep_plan = self.keep_plan._replace(budget_bytes=half)
                 log.warning("out of memory: keeping %.2f GiB at most from here on", half / GIB)
             return True
@@ -189,7 +125,7 @@ class StepMemory:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what it has come to on this rank, as plain numbers, for JSON."""
-        plan = None if self.keep_plan is None else self.keep_plan.to_dict()
+        plan = None if self.keep_plan is None else self.keep_plan._asdict()
         return {"tokens_per_chunk": self.tokens_per_chunk, "keep": self.keep, "keep_plan": plan}
 
     def ran_out(self) -> str:
@@ -203,16 +139,41 @@ class StepMemory:
         )
 
 
-def measured_budget(
-    encoder: Encoder,
-    costs: dict[str, LevelCost],
-    tokens_per_chunk: int,
-    strategy: Strategy | None = None,
+def graph_bytes(
+    forward: Callable[[Chunk], Tensor], chunk: Chunk, parameters: Sequence[nn.Parameter]
 ) -> int:
+    """Return the bytes that a chunk's graph holds, by one forward pass whose graph is thrown away.
+
+    Args:
+        forward: The encoder, or what a strategy makes of it.
+        chunk: Some chunk, a long one rather than a short one.
+        parameters: The encoder's; they are held anyway, and don't count.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+    whole = [p for p in parameters if not hasattr(p, "to_local")]
+    own = {p.untyped_storage().data_ptr() for p in whole}
+
+    def count(tensor: Tensor) -> Tensor:
+        source = tensor if tensor._base is None else tensor._base
+        storage = tensor.untyped_storage()
+        # A weight that was gathered from its shards is none of `parameters`, and no chunk's own.
+        if not isinstance(source, nn.Parameter) and storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    # The graph holds what was counted until the end: no address is used twice.
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        embeddings = forward(chunk)
+    held = sum(storage.nbytes() for storage in storages.values())
+    del embeddings
+    return held
+
+
+def measured_budget(encoder: Encoder, chunk_bytes: float, strategy: Spread) -> int:
     """Return the bytes that `keep=auto` may hold on this GPU.
 
-    What the rest of a step will take is left free: a chunk's own graph and as much again for its
-    gradients, and what `.grad` and AdamW have not taken yet on this rank.
+    What the rest of a step will take is left free: a chunk's own graph (`chunk_bytes`) and as much
+    again for its gradients, and what `.grad` and AdamW have not taken yet on this rank.
 
     Raises:
         UserError: There is no GPU, and so nobody knows how much of the memory is ours.
@@ -222,8 +183,5 @@ def measured_budget(
             "keep=auto needs keep_gib where there is no GPU: the GiB of memory that may be held "
             "for the backward pass, for example keep_gib=4"
         )
-    missing = (
-        missing_bytes(list(encoder.parameters())) if strategy is None else strategy.missing_bytes()
-    )
-    chunk = 2 * costs["all"].bytes_per_token * tokens_per_chunk
-    return max(int(FREE_SHARE * (free_bytes(encoder.device) - missing - chunk)), 0)
+    free = free_bytes(encoder.device) - strategy.missing_bytes() - 2 * chunk_bytes
+    return max(int(FREE_SHARE * free), 0)

@@ -1,11 +1,12 @@
 """The passes of a step through the encoder: first passes, and gradients pushed into the weights.
 
-Between them a chunk is known by its random state and by what it keeps. Where memory runs out, the
-passes go on with smaller chunks, or with less that is kept.
+Between them a chunk is known by its random state, or by its graph if it keeps one. Where memory
+runs out, the passes go on with smaller chunks, or with fewer graphs.
+
+Shapes: n texts of a chunk, u distinct texts of the rank, d embedding width.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,26 +15,25 @@ from torch import Tensor
 
 from largebatch.batch import Chunk, Texts
 from largebatch.errors import UserError
-from largebatch.model.chunks import Rows
+from largebatch.model.chunks import TextRows
 from largebatch.model.encoder import Encoder
 from largebatch.out_of_memory import free_cache
 from largebatch.parallel.collectives import Collectives, Gathering
-from largebatch.parallel.strategy import Backward, Strategy
+from largebatch.parallel.strategy import Backward, Spread
 from largebatch.phases import phase
 from largebatch.step.dropout import RandomState
-from largebatch.step.keep import LevelCost, embed_keeping, measure_levels, time_levels
-from largebatch.step.memory import KeepPlan, StepMemory
+from largebatch.step.memory import KeepPlan, StepMemory, graph_bytes
 from largebatch.transfer import to_device
 
 
 class PlannedChunk(NamedTuple):
     """A chunk that is to be embedded."""
 
-    rows: Rows
+    rows: TextRows
     """`[n]`, which of the rank's texts are in it; none for a chunk that only fills up."""
     chunk: Chunk
     has_columns: bool
-    """Whether one of its texts is a document or negative of this rank."""
+    """Whether one of its texts goes to the other ranks."""
 
 
 class EmbeddedChunk(NamedTuple):
@@ -42,20 +42,19 @@ class EmbeddedChunk(NamedTuple):
     chunk: Chunk
     rows_n: Tensor
     """`[n]` on the device, which of the rank's embeddings it makes."""
-    level: str
-    """What it keeps."""
     state: RandomState
     """Before its first pass."""
-    embeddings_nd: Tensor
-    """With a graph unless the level is none."""
+    embeddings_nd: Tensor | None
+    """With its graph. None: it keeps none, and is embedded again."""
 
-    def forgotten(self) -> "EmbeddedChunk":
-        """Return it with nothing kept."""
-        return self._replace(level="none", embeddings_nd=self.embeddings_nd.detach())
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens whose graph is in memory, padding included."""
+        return 0 if self.embeddings_nd is None else self.chunk.num_tokens
 
 
-class Sending:
-    """Sends this rank's columns to all others as soon as they are embedded.
+class EarlyGather:
+    """Gathers the ranks' columns as soon as this rank's are embedded.
 
     Args:
         collectives: How ranks reach each other.
@@ -65,7 +64,7 @@ class Sending:
     """
 
     def __init__(
-        self, collectives: Collectives, counts: list[int], embeddings_ud: Tensor, columns: Rows
+        self, collectives: Collectives, counts: list[int], embeddings_ud: Tensor, columns: TextRows
     ) -> None:
         self.columns = columns
         self.started: Gathering | None = None
@@ -92,34 +91,22 @@ class Passes:
 
     Args:
         encoder: Makes the chunks.
-        memory: How large chunks may be, and what they may keep.
-        collectives: How ranks reach each other.
-        strategy: How the model is spread over ranks. None: every rank holds all of it.
+        memory: How large chunks may be, and how many keep their graph.
+        strategy: How the encoder is spread over ranks.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        memory: StepMemory,
-        collectives: Collectives,
-        strategy: Strategy | None,
-    ) -> None:
+    def __init__(self, encoder: Encoder, memory: StepMemory, strategy: Spread) -> None:
         self._encoder = encoder
         self._memory = memory
-        self._collectives = collectives
         self._strategy = strategy
-        self._equal_chunks = strategy is not None and strategy.equal_chunks
-        self._sends_early = collectives.world.size > 1 and not self._equal_chunks
+        self._collectives = strategy.collectives
+        self._equal_chunks = strategy.equal_chunks
+        self._gathers_early = self._collectives.world.size > 1 and not self._equal_chunks
 
-    @property
-    def can_redo(self) -> bool:
-        """Whether a step can be taken back in its midst."""
-        return self._strategy is None or self._strategy.can_redo
-
-    def plan(self, texts: Texts, columns: Rows) -> list[PlannedChunk]:
+    def plan(self, texts: Texts, columns: TextRows) -> list[PlannedChunk]:
         """Return the chunks of a rank's texts, those with the longest texts first.
 
-        Where columns are sent early, chunks that hold one of `columns` come before all others.
+        Where columns are gathered early, chunks that hold one of `columns` come before all others.
         """
         return self._cut(texts, np.arange(texts.num_texts), columns)
 
@@ -127,9 +114,9 @@ class Passes:
         self,
         texts: Texts,
         chunks: Sequence[PlannedChunk],
-        most_chunks: int,
+        num_chunks: int,
         embeddings_ud: Tensor,
-        sending: Sending,
+        gather: EarlyGather,
     ) -> list[EmbeddedChunk] | None:
         """Fill in the embeddings and return what is known of each chunk.
 
@@ -139,42 +126,42 @@ class Passes:
         Args:
             texts: This rank's.
             chunks: What `plan` returned for them.
-            most_chunks: That any rank has. Where all must run as many, those that have fewer fill
-                up with chunks of one token and no rows.
+            num_chunks: The most that any rank has. Where all must run as many, those that have
+                fewer fill up with chunks of one token and no rows.
             embeddings_ud: Gets the embedding of each text.
-            sending: Is told when all columns are embedded.
+            gather: Is told when all columns are embedded.
 
-        Where memory runs out, the chunks that are left are cut smaller, and nothing is kept.
+        Where memory runs out, the chunks that are left are cut smaller, and no graph is kept.
 
         Raises:
             UserError: Memory ran out where all ranks must run as many chunks. On all ranks: not
-                even one text's graph fits, of those that are measured.
+                even one text's graph fits, if a graph is measured.
         """
         if self._memory.must_be_measured:
-            chunks = self._measure(texts, chunks, sending.columns)
+            chunks = self._measure(texts, chunks, gather.columns)
         if self._equal_chunks:
-            chunks = [*chunks, *[_filler(self._encoder)] * (most_chunks - len(chunks))]
+            chunks = [*chunks, *[_filler(self._encoder)] * (num_chunks - len(chunks))]
         passes: list[EmbeddedChunk] = []
-        left = list(zip(chunks, self._levels(chunks), strict=True))
+        left = list(zip(chunks, self._keeps(chunks), strict=True))
         while left:
-            (planned, level), *after = left
+            (planned, keeps_graph), *after = left
             state = RandomState.of(self._encoder.device)
-            one = self._embed_one(planned, level, state, embeddings_ud)
+            one = self._embed_one(planned, state, embeddings_ud, keeps_graph=keeps_graph)
             if one is not None:
                 passes.append(one)
                 left = after
-                if self._sends_early:
-                    sending.start_if_complete([planned for planned, _ in left])
+                if self._gathers_early:
+                    gather.start_if_complete([planned for planned, _ in left])
                 continue
             state.restore()
-            held = [(one.level, one.chunk.num_tokens) for one in passes]
-            held.append((level, planned.chunk.num_tokens))
-            if not self._memory.take_less(held, most_texts=len(planned.rows)):
+            kept_tokens = sum(one.kept_tokens for one in passes)
+            kept_tokens += planned.chunk.num_tokens if keeps_graph else 0
+            if not self._memory.take_less(kept_tokens, most_texts=len(planned.rows)):
                 return None
-            passes = [one.forgotten() for one in passes]
+            passes = [one._replace(embeddings_nd=None) for one in passes]
             rows = np.concatenate([planned.rows for planned, _ in left])
-            smaller = self._cut(texts.take(rows), rows, sending.columns)
-            left = [(planned, "none") for planned in smaller]
+            smaller = self._cut(texts.take(rows), rows, gather.columns)
+            left = [(planned, False) for planned in smaller]
         return passes
 
     def push(
@@ -202,7 +189,7 @@ class Passes:
         out_of_memory = passes is None
         try:
             with phase("replay"):
-                push(passes or (), gradients_ud, self._forward, backward)
+                self._push(passes or (), gradients_ud, backward)
         except torch.OutOfMemoryError:
             out_of_memory = True
         if self._equal_chunks:
@@ -213,7 +200,7 @@ class Passes:
             can_redo
             and passes
             and self._memory.take_less(
-                [(one.level, one.chunk.num_tokens) for one in passes],
+                sum(one.kept_tokens for one in passes),
                 most_texts=max(len(one.rows_n) for one in passes),
             )
         )
@@ -224,11 +211,27 @@ class Passes:
         if worst == 1:
             raise StepMustBeDoneAgain
 
-    @property
-    def _forward(self) -> Callable[[Chunk], Tensor]:
-        return self._encoder if self._strategy is None else self._strategy.encoder
+    def _push(
+        self, passes: Sequence[EmbeddedChunk], gradients_ud: Tensor, backward: Backward
+    ) -> None:
+        replayed = [one for one in passes if one.embeddings_nd is None]
+        kept = [
+            (one.embeddings_nd, _gradient_of(one, one.embeddings_nd, gradients_ud))
+            for one in passes
+            if one.embeddings_nd is not None
+        ]
+        backward([own for own, _ in kept], [gradient for _, gradient in kept], last=not replayed)
+        for number, one in enumerate(replayed, start=1):
+            with one.state.replayed():
+                embeddings_nd = self._forward(one.chunk)
+            gradient_nd = _gradient_of(one, embeddings_nd, gradients_ud)
+            backward([embeddings_nd], [gradient_nd], last=number == len(replayed))
 
-    def _cut(self, texts: Texts, rows: Rows, columns: Rows) -> list[PlannedChunk]:
+    def _forward(self, chunk: Chunk) -> Tensor:
+        embeddings_nd: Tensor = self._strategy.run(self._encoder, chunk)
+        return embeddings_nd
+
+    def _cut(self, texts: Texts, rows: TextRows, columns: TextRows) -> list[PlannedChunk]:
         """Return the chunks of some texts; `rows` says which of the rank's texts each is."""
         assert self._memory.tokens_per_chunk is not None
         plan, chunks = self._encoder.make_chunks(texts, self._memory.tokens_per_chunk)
@@ -237,75 +240,66 @@ class Passes:
             PlannedChunk(rows[own], chunk, bool(is_column[own].any()))
             for own, chunk in zip(plan, chunks, strict=True)
         ]
-        if self._sends_early:
+        if self._gathers_early:
             planned.sort(key=lambda one: not one.has_columns)
         return planned
 
     def _embed_one(
-        self, planned: PlannedChunk, level: str, state: RandomState, embeddings_ud: Tensor
+        self, planned: PlannedChunk, state: RandomState, embeddings_ud: Tensor, *, keeps_graph: bool
     ) -> EmbeddedChunk | None:
         """Return an embedded chunk; None: memory ran out."""
         rows_n = to_device(planned.rows, self._encoder.device)
         try:
-            with phase("embed"):
-                embeddings_nd = embed_keeping(self._forward, planned.chunk, level)
+            with phase("embed"), torch.set_grad_enabled(keeps_graph):
+                embeddings_nd = self._forward(planned.chunk)
                 embeddings_ud[rows_n] = embeddings_nd.detach()[: len(rows_n)]
         except torch.OutOfMemoryError:
             # Ranks that must do the same can't know of it in the midst of their passes.
             if self._equal_chunks:
                 raise UserError(self._memory.ran_out()) from None
             return None
-        return EmbeddedChunk(planned.chunk, rows_n, level, state, embeddings_nd)
+        return EmbeddedChunk(planned.chunk, rows_n, state, embeddings_nd if keeps_graph else None)
 
-    def _levels(self, chunks: Sequence[PlannedChunk]) -> list[str]:
-        """Return what each chunk keeps."""
+    def _keeps(self, chunks: Sequence[PlannedChunk]) -> list[bool]:
+        """Return whether each chunk keeps its graph."""
         tokens = [planned.chunk.num_tokens for planned in chunks]
         if self._equal_chunks:
             # Ranks differ in their chunks' tokens, but must keep the same ones.
             assert self._memory.tokens_per_chunk is not None
             tokens = [self._memory.tokens_per_chunk] * len(chunks)
-        return self._memory.levels(tokens)
+        return self._memory.keeps(tokens)
 
     def _measure(
-        self, texts: Texts, chunks: Sequence[PlannedChunk], columns: Rows
+        self, texts: Texts, chunks: Sequence[PlannedChunk], columns: TextRows
     ) -> Sequence[PlannedChunk]:
-        """Measure what it costs to keep, and return the chunks, cut smaller if memory ran out.
+        """Measure what a graph holds, and return the chunks, cut smaller if memory ran out.
 
         Raises:
             UserError: On all ranks, if one text is too much for one of them.
         """
-        costs = self._costs(chunks)
+        bytes_per_token = self._bytes_per_token(chunks)
         while (
-            costs is None
+            bytes_per_token is None
             and chunks
-            and self._memory.take_less(
-                [("none", chunks[0].chunk.num_tokens)], most_texts=len(chunks[0].rows)
-            )
+            and self._memory.take_less(0, most_texts=len(chunks[0].rows))
         ):
             chunks = self.plan(texts, columns)
-            costs = self._costs(chunks)
-        if self._collectives.highest(costs is None):
+            bytes_per_token = self._bytes_per_token(chunks)
+        if self._collectives.highest(bytes_per_token is None):
             raise UserError(self._memory.ran_out())
-        assert costs is not None
-        budget = self._memory.budget_bytes(self._encoder, costs, self._strategy)
-        self._memory.keep_plan = KeepPlan(costs, budget).agreed(self._collectives)
+        assert bytes_per_token is not None
+        budget = self._memory.budget_bytes(self._encoder, bytes_per_token, self._strategy)
+        self._memory.keep_plan = KeepPlan(bytes_per_token, budget).agreed(self._collectives)
         return chunks
 
-    def _costs(self, chunks: Sequence[PlannedChunk]) -> dict[str, LevelCost] | None:
-        """Return what each level costs on the first chunk; None: memory ran out."""
+    def _bytes_per_token(self, chunks: Sequence[PlannedChunk]) -> float | None:
+        """Return what the first chunk's graph holds for a token; None: memory ran out."""
         chunk = (chunks[0] if chunks else _filler(self._encoder)).chunk
-        parameters = list(self._encoder.parameters())
+
         try:
             with RandomState.of(self._encoder.device).replayed():
-                costs = measure_levels(self._forward, chunk, parameters)
-                if self._memory.keep == "auto" and self.can_redo:
-                    # Elsewhere a backward pass does more than return gradients.
-                    seconds = time_levels(self._forward, chunk, parameters)
-                    costs = {
-                        level: cost._replace(seconds_per_token=seconds[level] / chunk.num_tokens)
-                        for level, cost in costs.items()
-                    }
-            return costs if math.isfinite(costs["none"].seconds_per_token) else None
+                held = graph_bytes(self._forward, chunk, list(self._encoder.parameters()))
+                return held / chunk.num_tokens
         except torch.OutOfMemoryError:
             if self._equal_chunks:
                 raise UserError(self._memory.ran_out()) from None
@@ -314,33 +308,13 @@ class Passes:
         return None
 
 
-def push(
-    passes: Sequence[EmbeddedChunk],
-    gradients_ud: Tensor,
-    forward: Callable[[Chunk], Tensor],
-    backward: Backward,
-) -> None:
-    """Push the gradients of all embeddings into the weights."""
-    kept = [one for one in passes if one.level != "none"]
-    replayed = [one for one in passes if one.level == "none"]
-    backward(
-        [one.embeddings_nd for one in kept],
-        [_gradient_of(one, gradients_ud) for one in kept],
-        last=not replayed,
-    )
-    for number, one in enumerate(replayed, start=1):
-        with one.state.replayed():
-            embeddings_nd = forward(one.chunk)
-        backward([embeddings_nd], [_gradient_of(one, gradients_ud)], last=number == len(replayed))
-
-
 def _filler(encoder: Encoder) -> PlannedChunk:
     one_token = Texts.from_lists([[encoder.pad_id]])
     (chunk,) = encoder.make_chunks(one_token, 1)[1]
     return PlannedChunk(np.empty(0, np.intp), chunk, has_columns=False)
 
 
-def _gradient_of(one: EmbeddedChunk, gradients_ud: Tensor) -> Tensor:
+def _gradient_of(one: EmbeddedChunk, embeddings_nd: Tensor, gradients_ud: Tensor) -> Tensor:
     if len(one.rows_n) == 0:
-        return torch.zeros_like(one.embeddings_nd)
+        return torch.zeros_like(embeddings_nd)
     return gradients_ud[one.rows_n]

@@ -1,5 +1,6 @@
 """Builds the parts of a run from its config."""
 
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,17 +16,15 @@ from largebatch.data.stream import TextPhase, sample_texts
 from largebatch.data.text import TextSettings, train_tokenizer
 from largebatch.errors import UserError
 from largebatch.files import written_aside
-from largebatch.losses.infonce import ContrastiveLoss
-from largebatch.losses.temperature import Temperature
 from largebatch.model.encoder import Encoder
-from largebatch.model.export import save_settings
 from largebatch.model.pretrained import load_tokenizer
 from largebatch.order.schedule import Reweighting, Schedule, SourceShape
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.make import make_strategy
-from largebatch.parallel.strategy import Strategy
+from largebatch.parallel.strategy import ENCODER, Strategy
 from largebatch.shards.find import resolve_source
-from largebatch.step.gradcache import GradCache
+from largebatch.step.make import make_step
+from largebatch.step.objective import Objective, Step
 from largebatch.stores.retries import Retries
 
 TOKENIZER_RECORDS = 100_000
@@ -50,7 +49,7 @@ def build_sources(config: TrainConfig) -> list[Source]:
             query_prompt=source.query_prompt,
             document_prompt=source.document_prompt,
             max_negatives=source.max_negatives,
-            symmetric=source.symmetric,
+            loss=source.loss,
             mask_same_id=source.mask_same_id,
             max_chars=data.max_chars,
             retries=retries,
@@ -102,25 +101,30 @@ def text_phases(text: TextSettings, curriculum: Sequence[CurriculumConfig]) -> l
     return phases
 
 
-def build_loss(config: TrainConfig) -> ContrastiveLoss:
-    """Return the loss with its temperature."""
-    temperature = Temperature(
-        config.temperature.value,
-        learned=config.temperature.learned,
-        min=config.temperature.min,
-        max=config.temperature.max,
-    )
-    return ContrastiveLoss(
-        temperature,
-        symmetric=config.objective.symmetric,
-        mask_duplicates=config.objective.mask_duplicates,
-    )
+def build_objective(config: TrainConfig) -> Objective:
+    """Return what is optimized.
+
+    Raises:
+        UserError: A source asks for something that the objective doesn't know.
+    """
+    module = importlib.import_module(f"largebatch.objectives.{config.objective.name}")
+    objective: Objective = module.build(config)
+    faults = [
+        f"data.sources.{name}.loss.{option} is nothing that objective.name="
+        f"{config.objective.name} knows; leave it out"
+        for name, source in config.data.sources.items()
+        for option, value in vars(source.loss).items()
+        if value is not None and option not in objective.source_options
+    ]
+    if faults:
+        raise UserError("; ".join(faults))
+    return objective
 
 
 def build_step(
     config: TrainConfig, encoder: Encoder, collectives: Collectives, device: torch.device
-) -> tuple[Strategy, GradCache]:
-    """Spread an encoder and a new loss over the ranks; called by all ranks.
+) -> tuple[Objective, Strategy, Step]:
+    """Spread an encoder and a new objective over the ranks; called by all ranks.
 
     Args:
         config: Of the run.
@@ -129,29 +133,29 @@ def build_step(
         device: Of this rank.
 
     Raises:
-        UserError: The strategy can't run here, or its options don't fit together.
+        UserError: The strategy can't run here, or options don't fit together.
     """
-    loss = build_loss(config).to(device)
+    objective = build_objective(config).to(device)
     strategy = make_strategy(
         config.strategy,
-        encoder,
-        loss,
+        {ENCODER: encoder, "objective": objective},
         config.optim,
         collectives,
         device,
         config.hardware.precision,
     )
-    return strategy, GradCache(
+    step = make_step(
         encoder,
-        loss,
+        objective,
+        strategy,
         tokens_per_chunk=(
             None if config.tokens_per_chunk == "auto" else int(config.tokens_per_chunk)
         ),
         keep=config.keep,
         keep_gib=config.keep_gib,
-        strategy=strategy,
         balance=config.balance,
     )
+    return objective, strategy, step
 
 
 def build_encoder(
@@ -214,13 +218,13 @@ def build_encoder(
 
 def _save_settings(encoder: Encoder, folder: Path) -> None:
     with written_aside(folder) as aside:
-        save_settings(encoder, aside)
+        encoder.save_settings(aside)
 
 
 def in_force(config: TrainConfig, encoder: Encoder) -> TrainConfig:
     """Return the config with its encoder's settings, where it leaves them to the checkpoint."""
     text = {name: getattr(encoder.text, name) for name in asdict(config.text)}
-    pooling = replace(config.pooling, mode=encoder.pooling, normalize=encoder.normalize)
+    pooling = replace(config.pooling, mode=encoder.pooling.name, normalize=encoder.normalize)
     return replace(config, pooling=pooling, text=TextConfig(**text))
 
 

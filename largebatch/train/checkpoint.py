@@ -4,7 +4,7 @@ A checkpoint is a folder of safetensors and JSON, named by the number of steps t
 is written aside and renamed, so a kill at any instant leaves the one before whole. Names and shapes
 of the tensors don't depend on the strategy.
 
-    checkpoints/step_00000100/weights.safetensors     encoder.*, loss.*
+    checkpoints/step_00000100/weights.safetensors     encoder.*, objective.*
                               optimizer.safetensors   exp_avg.NAME, exp_avg_sq.NAME, step.NAME
                               random.safetensors      cpu.RANK, cuda.RANK
                               state.json              step, world size, config, versions, and
@@ -30,7 +30,7 @@ from largebatch.parallel.optimizer import MOMENTS
 from largebatch.parallel.strategy import Strategy
 from largebatch.world import World
 
-FORMAT = 2
+FORMAT = 3
 Kind = type | tuple[type, ...]
 DETAILS: dict[str, Kind] = {
     "step": int,
@@ -161,7 +161,7 @@ def damaged(folder: Path, step: int, what: str) -> UserError:
 
 
 def load_weights(folder: Path, step: int, strategy: Strategy) -> None:
-    """Restore encoder and loss; called by all ranks.
+    """Restore encoder and objective; called by all ranks.
 
     Raises:
         UserError: The checkpoint is damaged, or is of another model.

@@ -12,8 +12,8 @@ from largebatch.data.linelog import LineLog
 from largebatch.data.stream import Stream
 from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
+from largebatch.step.objective import SourceNote
 from largebatch.train.build import build_schedule, build_sources, text_phases
-from largebatch.train.metrics import MaskedStep
 from largebatch.world import World
 
 SHARE_OF_AT_LEAST = 1_000_000
@@ -123,27 +123,14 @@ class Feed:
                 f"({most:,.0f}); see {self.folder / 'holes'}, mend the shards, or raise the option"
             )
 
-    def tell_masked(self, masked: MaskedStep) -> str:
-        """Say which source a batch is from that has lost many negatives, and what can be done."""
-        number = self.schedule.source_of(masked.step - 1)
-        sources = [
-            source
+    def sources_of(self, step: int) -> list[SourceNote]:
+        """Return the sources that a step's batch is from; steps are counted from 1."""
+        number = self.schedule.source_of(step - 1)
+        return [
+            SourceNote(source.name, source.mask_same_id)
             for i, source in enumerate(self.sources)
             if i == number or (number is None and self.schedule.is_drawn[i])
         ]
-        by_id = [source.name for source in sources if source.mask_same_id]
-        return (
-            f"warning: step {masked.step}: {masked.masked_share:.1%} of the negatives in its batch "
-            f"(source {', '.join(source.name for source in sources)}) are left out as false ones, "
-            f"and {masked.without_negatives:.1%} of its queries have none left: many of its "
-            f"records have the same query, document{' or id' if by_id else ''}; "
-            + "".join(
-                f"set data.sources.{name}.mask_same_id=false if its ids repeat without a meaning, "
-                for name in by_id
-            )
-            + "leave out what repeats (`largebatch data stats` counts it, `largebatch dedup` finds "
-            "it), or give such a source less weight; train/masked_share is logged for every step"
-        )
 
     def metrics(self, step: int) -> dict[str, float]:
         """Return how much of each source was given before `step`, beside what was wanted."""

@@ -1,10 +1,10 @@
 """One optimizer step: the file to read first.
 
 1. The learning rate is a function of the step.
-2. GradCache embeds this rank's texts, contrasts them with those of all ranks, and puts the gradient
-   of the global batch into `.grad`, the same on all ranks (see step/gradcache.py).
-3. The gradient is clipped by its norm over all parameters, the temperature's included.
-4. AdamW moves the weights; a learned temperature is brought back into its bounds.
+2. The gradient of the global batch comes into `.grad`, the same on all ranks, in the memory of one
+   chunk (see step/gradcache.py).
+3. It is clipped by its norm over all parameters, those of the objective included.
+4. AdamW moves the weights; the objective does what follows, such as bounding a temperature.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from largebatch.config import TrainConfig
 from largebatch.out_of_memory import ends_with
 from largebatch.parallel.strategy import Strategy
 from largebatch.phases import phase
-from largebatch.step.gradcache import GradCache, StepReport
+from largebatch.step.objective import Objective, Step, StepReport
 from largebatch.train.optim import learning_rate
 
 OPTIMIZER_RAN_OUT = (
@@ -37,7 +37,8 @@ class StepResult(NamedTuple):
 def train_step(
     batch: RankBatch,
     *,
-    grad_cache: GradCache,
+    step: Step,
+    objective: Objective,
     strategy: Strategy,
     config: TrainConfig,
 ) -> StepResult:
@@ -45,16 +46,10 @@ def train_step(
     rate = learning_rate(
         batch.step, config.schedule, highest=config.optim.lr, max_steps=config.max_steps
     )
-    report = grad_cache.report(
-        batch.queries,
-        batch.documents,
-        batch.negatives,
-        symmetric=batch.symmetric,
-        ids=batch.same_ids,
-    )
+    report = step.accumulate(batch)
     with phase("optimizer"), ends_with(lambda: OPTIMIZER_RAN_OUT):
         grad_norm = strategy.clip_gradients(config.optim.clip_norm)
         strategy.step(rate)
         strategy.zero_grad()
-        grad_cache.loss.temperature.clamp_()
+        objective.after_step()
     return StepResult(report, grad_norm, rate)

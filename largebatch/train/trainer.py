@@ -11,7 +11,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from largebatch.batch import RankBatch, Texts
+from largebatch.batch import RankBatch
 from largebatch.config import TrainConfig
 from largebatch.errors import UserError
 from largebatch.files import write_text, writing, written_aside
@@ -112,7 +112,9 @@ class _Run:
         self.best: Best | None = None
 
         # 4. The step.
-        self.strategy, self.grad_cache = build_step(config, self.encoder, collectives, device)
+        self.objective, self.strategy, self.step = build_step(
+            config, self.encoder, collectives, device
+        )
         self.restore()
         self.evaluation = Evaluation(self.strategy, config.eval.batch_tokens)
 
@@ -136,7 +138,7 @@ class _Run:
 
     def _restore_memory(self, details: dict[str, Any]) -> None:
         """Use again what was measured or halved: the run goes on with the same numbers."""
-        engine, before, memory = details["engine"], details["config"], self.grad_cache.memory
+        engine, before, memory = details["engine"], details["config"], self.step.memory
         # Each rank's own, for the same chunks draw the same masks. Where ranks must run alike they
         # have had the same; a run of another strategy may not.
         if details["world_size"] == self.world.size and not self.strategy.equal_chunks:
@@ -146,7 +148,7 @@ class _Run:
         if all(before.get(name) == getattr(self.config, name) for name in ("keep", "keep_gib")):
             memory.keep = engine.get("keep", memory.keep)
             if engine["keep_plan"] is not None:
-                memory.keep_plan = KeepPlan.from_dict(engine["keep_plan"])
+                memory.keep_plan = KeepPlan(**engine["keep_plan"])
 
     def start(self) -> None:
         """Train from where the run stands to its last step, then score and export the model."""
@@ -189,16 +191,17 @@ class _Run:
         save_every = config.checkpoint.every_steps or max(config.max_steps // 10, 1)
         meter = StepMeter(self.device, self.collectives, config, self.elapsed_before_s)
         batches = self.feed.batches(self.encoder.tokenizer, self.encoder.text)
-        told_masked = False
+        has_warned = False
         for step in range(self.first_step + 1, config.max_steps + 1):
             with meter.waiting_for_data(), phase("data"):
                 batch = next(batches)
-            if self.grad_cache.memory.tokens_per_chunk is None:
+            if self.step.memory.tokens_per_chunk is None:
                 with meter.paused():
                     self._choose_tokens_per_chunk(batch)
             result = train_step(
                 batch,
-                grad_cache=self.grad_cache,
+                step=self.step,
+                objective=self.objective,
                 strategy=self.strategy,
                 config=config,
             )
@@ -209,11 +212,10 @@ class _Run:
             if step % config.logger.every_steps == 0 or evaluates or saves:
                 # The one place where this process waits for the device. Also before each
                 # checkpoint, so that none ever holds weights that are not finite.
-                values = meter.read(step, self.strategy, self.strategy.loss)
+                values = meter.read(step, self.strategy, self.objective)
                 self.feed.count_skipped(step, meter.num_skipped)
-                if meter.masked is not None and self.world.is_main and not told_masked:
-                    told_masked = True
-                    log.warning("%s", self.feed.tell_masked(meter.masked))
+                if not has_warned:
+                    has_warned = self._warn(meter)
                 self._log(step, values | self.feed.metrics(step))
             improved = False
             if evaluates:
@@ -222,6 +224,16 @@ class _Run:
             if saves or (improved and config.checkpoint.keep_best):
                 with meter.paused():
                     self._save(step, meter.elapsed_s)
+
+    def _warn(self, meter: StepMeter) -> bool:
+        """Tell what the objective has to say of one of the last steps; return whether it has."""
+        for step, metrics in meter.of_steps.items():
+            warning = self.objective.warning(metrics, self.feed.sources_of(step))
+            if warning is not None:
+                if self.world.is_main:
+                    log.warning("warning: step %d: %s", step, warning)
+                return True
+        return False
 
     def finish(self) -> Result:
         """Score the best weights on the test sets, export them, draw the plots."""
@@ -329,8 +341,7 @@ class _Run:
         )
 
     def _choose_tokens_per_chunk(self, batch: RankBatch) -> None:
-        texts = Texts.concatenate([batch.queries, batch.documents, batch.negatives])
-        chosen = self.grad_cache.choose_tokens_per_chunk(texts)
+        chosen = self.step.choose_tokens_per_chunk(batch)
         if self.world.is_main:
             print_lines([f"tokens_per_chunk: {chosen:,} was the fastest"])
 
@@ -339,12 +350,12 @@ class _Run:
 
         All ranks must call it.
         """
-        memory = self.grad_cache.memory
+        memory = self.step.memory
         assert memory.tokens_per_chunk is not None
         plan = memory.keep_plan
         return {
             "tokens_per_chunk": -self.collectives.highest(-memory.tokens_per_chunk),
-            "keep_plan": None if plan is None else plan.agreed(self.collectives).to_dict(),
+            "keep_plan": None if plan is None else plan.agreed(self.collectives)._asdict(),
             "of_ranks": self.collectives.gather_objects(memory.to_dict()),
         }
 

@@ -37,7 +37,12 @@ def main(device_name: str, name: str) -> None:
         encoder = tiny_encoder(dtype=torch.float32, packing="off").to(device)
         loss = tiny_loss(symmetric=True, dtype=torch.float32).to(device)
         strategy = make_strategy(
-            config, encoder, loss, OptimConfig(), collectives, device, "float32"
+            config,
+            {"encoder": encoder, "objective": loss},
+            OptimConfig(),
+            collectives,
+            device,
+            "float32",
         )
         # The last rank has all that is left, the one before it nothing.
         ends = [min(3 * r, NUM_PAIRS) for r in range(world.size)] + [NUM_PAIRS]

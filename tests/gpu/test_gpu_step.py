@@ -83,7 +83,7 @@ def test_a_step_does_not_wait(device, keep, packing):
         report = step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert (report.num_padded_tokens == report.num_encoded_tokens) == (packing == "on")
+    assert (report.work.num_padded_tokens == report.work.num_encoded_tokens) == (packing == "on")
 
 
 @pytest.mark.gpu

@@ -1,9 +1,9 @@
 """What holds for the tests of numbers."""
 
 import pytest
+from largebatch.step.keep import LEVELS
 
 from largebatch.step import passes
-from largebatch.step.keep import LEVELS
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,10 @@ def config_of(name: str) -> StrategyConfig:
 def whole_gradients(strategy: Strategy) -> dict[str, Tensor]:
     """Return the gradients by name, whole, on every rank."""
     found = {}
-    for module in (getattr(strategy.encoder, "module", strategy.encoder), strategy.loss):
+    for module in (
+        getattr(strategy.encoder, "module", strategy.encoder),
+        strategy.modules["objective"],
+    ):
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 found[name] = _whole_gradient(parameter).clone()

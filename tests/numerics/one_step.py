@@ -2,7 +2,14 @@
 
 import numpy as np
 import torch
-from numerics.reference import DOCUMENTS, NUM_PAIRS, QUERIES, tiny_encoder, tiny_loss
+from numerics.reference import (
+    DOCUMENTS,
+    NUM_PAIRS,
+    QUERIES,
+    rank_batch,
+    tiny_encoder,
+    tiny_loss,
+)
 from torch import Tensor
 
 from largebatch.batch import Texts
@@ -36,7 +43,9 @@ class Step:
         self.encoder.autocast_dtype = autocast
         self.loss = tiny_loss(symmetric=symmetric, dtype=torch.float32).to(device)
         collectives = Collectives()
-        self.strategy = ReplicatedModel(self.encoder, self.loss, OptimConfig(), collectives)
+        self.strategy = ReplicatedModel(
+            {"encoder": self.encoder, "objective": self.loss}, OptimConfig(), collectives
+        )
         if self.encoder.device.type == "meta":  # where no fused kernel is
             for optimizer in self.strategy.optimizers:
                 for group in optimizer.param_groups:
@@ -52,7 +61,7 @@ class Step:
 
     def gradient(self) -> StepReport:
         """Add the gradient to `.grad`."""
-        return self.cache.report(*self.texts, self.negatives, ids=self.ids)
+        return self.cache.accumulate(rank_batch(*self.texts, self.negatives, ids=self.ids))
 
     def __call__(self) -> StepReport:
         report = self.gradient()

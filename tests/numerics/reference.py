@@ -4,12 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from largebatch.batch import Texts
+from largebatch.batch import RankBatch, Texts
 from largebatch.data.text import train_tokenizer
-from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.temperature import Temperature
 from largebatch.model.chunks import pad_chunks
 from largebatch.model.encoder import Encoder
+from largebatch.objectives.contrastive import ContrastiveLoss
 
 WORDS = [f"word{number}" for number in range(80)]
 
@@ -59,6 +59,15 @@ def random_texts(num_texts: int, *, longest: int, seed: int) -> list[list[int]]:
 NUM_PAIRS = 13  # not divisible by 2, 3 or 4
 QUERIES = random_texts(NUM_PAIRS, longest=9, seed=1)
 DOCUMENTS = random_texts(NUM_PAIRS, longest=30, seed=2)
+
+
+def rank_batch(queries, documents, negatives=(), *, ids=None, **others) -> RankBatch:
+    """Return texts, as token lists or packed, as one rank's part of a batch."""
+    sides = [
+        side if isinstance(side, Texts) else Texts.from_lists(list(side))
+        for side in (queries, documents, negatives)
+    ]
+    return RankBatch(*sides, same_ids=ids, **others)
 
 
 def plain_infonce(

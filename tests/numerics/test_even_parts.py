@@ -5,7 +5,13 @@ import pytest
 import torch
 from dist import run_ranks
 from numerics.on_strategies import TOLERANCES, whole_gradients
-from numerics.reference import gradients, relative_error, tiny_encoder, tiny_loss
+from numerics.reference import (
+    gradients,
+    rank_batch,
+    relative_error,
+    tiny_encoder,
+    tiny_loss,
+)
 from numerics.uneven import (
     CASES,
     LAYOUTS,
@@ -39,10 +45,12 @@ def gradient_on_rank(name, case, keep, plant=None):
     if plant is not None:
         plant()
     encoder, strategy, parts = model_on_rank(name, case, "packed")
-    step = GradCache(encoder, strategy.loss, tokens_per_chunk=90, keep=keep, strategy=strategy)
-    report = step.report(*parts[:3], ids=parts[3])
+    step = GradCache(
+        encoder, strategy.modules["objective"], tokens_per_chunk=90, keep=keep, strategy=strategy
+    )
+    report = step.accumulate(rank_batch(*parts[:3], ids=parts[3]))
     given = sum(len(text) for side in parts[:3] for text in side)
-    return float(report.loss), whole_gradients(strategy), given, report.num_tokens
+    return float(report.loss), whole_gradients(strategy), given, report.work.num_tokens
 
 
 @pytest.mark.parametrize("name", TOLERANCES)
@@ -70,7 +78,7 @@ def with_dropout(exchange_first):
         part = even_out(part, Collectives())
     step = GradCache(encoder, loss, tokens_per_chunk=90, balance=not exchange_first)
     torch.manual_seed(100 + rank)
-    report = step.report(*part[:3])
+    report = step.accumulate(rank_batch(*part[:3]))
     return float(report.loss), gradients(encoder, loss)
 
 

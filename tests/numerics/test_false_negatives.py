@@ -11,6 +11,7 @@ from numerics.reference import (
     embed,
     gradients,
     random_texts,
+    rank_batch,
     relative_error,
     tiny_encoder,
     tiny_loss,
@@ -18,9 +19,13 @@ from numerics.reference import (
 
 from largebatch.batch import Texts
 from largebatch.errors import UserError
-from largebatch.losses.infonce import ContrastiveLoss, info_nce
 from largebatch.losses.masks import FalseNegatives
-from largebatch.objectives.contrastive import ContrastiveObjective, hash_pairs
+from largebatch.objectives.contrastive import (
+    ContrastiveLoss,
+    ContrastiveObjective,
+    hash_pairs,
+    info_nce,
+)
 from largebatch.parallel.collectives import Collectives
 from largebatch.step.gradcache import GradCache
 from largebatch.step.hashes import id_hashes
@@ -197,11 +202,13 @@ def cached_gradient(symmetric, mask_duplicates):
     world = Collectives().world
     queries, documents, negatives, ids = planted()
     rows, _, further = parts_of_rank(world.rank, world.size)
-    report = GradCache(encoder, loss, tokens_per_chunk=40, balance=False).report(
-        [queries[row] for row in rows],
-        [documents[row] for row in rows],
-        [negatives[row] for row in further],
-        ids=[ids[row] for row in rows],
+    report = GradCache(encoder, loss, tokens_per_chunk=40, balance=False).accumulate(
+        rank_batch(
+            [queries[row] for row in rows],
+            [documents[row] for row in rows],
+            [negatives[row] for row in further],
+            ids=[ids[row] for row in rows],
+        )
     )
     return float(report.loss), gradients(encoder, loss)
 

@@ -8,6 +8,7 @@ vanish with them.
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
+import largebatch.step.keep as keep_module
 import pytest
 import torch
 from all_pairs import by_first
@@ -28,7 +29,6 @@ import largebatch.model.encoder as encoder_module
 import largebatch.objectives.contrastive as objective_module
 import largebatch.parallel.deepspeed as deepspeed_module
 import largebatch.step.gradcache as gradcache_module
-import largebatch.step.keep as keep_module
 import largebatch.step.passes as passes_module
 from largebatch.batch import Run
 from largebatch.model import attention

@@ -5,6 +5,7 @@ import pytest
 import torch
 from all_pairs import combined
 from dist import run_ranks
+from largebatch.step.keep import LEVELS
 from numerics.reference import (
     DOCUMENTS,
     NUM_PAIRS,
@@ -13,18 +14,18 @@ from numerics.reference import (
     gradients,
     plain_infonce,
     random_texts,
+    rank_batch,
     relative_error,
     tiny_encoder,
     tiny_loss,
 )
 
 from largebatch.batch import Texts
-from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.temperature import Temperature
 from largebatch.model.chunks import pad_chunks
+from largebatch.objectives.contrastive import ContrastiveLoss
 from largebatch.step.distinct import distinct_texts
 from largebatch.step.gradcache import GradCache
-from largebatch.step.keep import LEVELS
 from largebatch.world import part_of_rank
 
 NEGATIVES = random_texts(7, longest=20, seed=3)
@@ -46,11 +47,15 @@ def cached_gradient(
     step = GradCache(encoder, loss, tokens_per_chunk=budget, keep=keep, balance=False)
     rows = split(NUM_PAIRS, rank, world_size)
     negatives = part_of_rank(len(NEGATIVES), rank, world_size)
-    report = step.report(
-        [QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows], [NEGATIVES[i] for i in negatives]
+    report = step.accumulate(
+        rank_batch(
+            [QUERIES[i] for i in rows],
+            [DOCUMENTS[i] for i in rows],
+            [NEGATIVES[i] for i in negatives],
+        )
     )
     found = gradients(encoder, loss)
-    return float(report.loss), float(report.accuracy), found, report.num_chunks
+    return float(report.loss), float(report.metrics["accuracy"]), found, report.work.num_chunks
 
 
 def on_rank(world_size, options):
@@ -129,13 +134,13 @@ def test_identical_texts_are_encoded_once(world_size, keep, packing):
         encoder, loss = tiny_encoder(packing=packing), unmasked_loss()
         step = GradCache(encoder, loss, tokens_per_chunk=40, keep=keep, balance=False)
         parts = [[side[i] for i in part_of_rank(len(side), rank, world_size)] for side in sides]
-        report = step.report(*parts)
+        report = step.accumulate(rank_batch(*parts))
         texts = [tuple(text) for part in parts for text in part]
         own = {tuple(q) for q, d in zip(*parts[:2], strict=True) if q == d}
-        assert report.num_tokens == sum(map(len, texts))
-        assert report.num_encoded_tokens == sum(map(len, set(texts))) + sum(map(len, own))
-        assert report.num_padded_tokens >= report.num_encoded_tokens
-        return gradients(encoder, loss), report.num_tokens - report.num_encoded_tokens
+        assert report.work.num_tokens == sum(map(len, texts))
+        assert report.work.num_encoded_tokens == sum(map(len, set(texts))) + sum(map(len, own))
+        assert report.work.num_padded_tokens >= report.work.num_encoded_tokens
+        return gradients(encoder, loss), report.work.num_tokens - report.work.num_encoded_tokens
 
     results = [on_rank()] if world_size == 1 else run_ranks(on_rank, world_size)
     # The reference embeds every text by itself, however often it occurs.
@@ -149,10 +154,12 @@ def test_a_query_that_equals_its_document_has_a_forward_pass_of_its_own():
     """As in SimCSE: two dropout masks of the same text, of which every pair is made."""
     encoder, loss = tiny_encoder(dropout=0.3), tiny_loss(symmetric=False)
     texts = DOCUMENTS[:8]
-    report = GradCache(encoder, loss, tokens_per_chunk=40).report(texts, texts)
-    assert report.num_encoded_tokens == report.num_tokens == 2 * sum(map(len, texts))
+    report = GradCache(encoder, loss, tokens_per_chunk=40).accumulate(rank_batch(texts, texts))
+    assert report.work.num_encoded_tokens == report.work.num_tokens == 2 * sum(map(len, texts))
     # Were the two one embedding, each query would find its document at a cosine of 1.
-    alike = GradCache(encoder.eval(), loss, tokens_per_chunk=40).report(texts, texts)
+    alike = GradCache(encoder.eval(), loss, tokens_per_chunk=40).accumulate(
+        rank_batch(texts, texts)
+    )
     assert float(report.loss) > float(alike.loss) + 0.1
 
 

@@ -9,10 +9,20 @@ import torch
 from dist import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largebatch.step.keep import (
+    LEVELS,
+    LevelCost,
+    _Counter,
+    _is_kept,
+    embed_keeping,
+    measure_levels,
+    time_levels,
+)
 from numerics.reference import (
     full_batch_gradient,
     gradients,
     random_texts,
+    rank_batch,
     relative_error,
     tiny_encoder,
     tiny_loss,
@@ -28,15 +38,6 @@ from largebatch.parallel.make import make_strategy
 from largebatch.step import keep as keep_module
 from largebatch.step import passes
 from largebatch.step.gradcache import GradCache
-from largebatch.step.keep import (
-    LEVELS,
-    LevelCost,
-    _Counter,
-    _is_kept,
-    embed_keeping,
-    measure_levels,
-    time_levels,
-)
 from largebatch.step.memory import KeepPlan, measured_budget
 
 QUERIES = random_texts(20, longest=12, seed=1)
@@ -73,12 +74,12 @@ def test_units_are_the_work_really_done(keep, packing):
             encoder(chunk)
     step(QUERIES, DOCUMENTS)  # measures
     with _Counter() as whole:
-        report = step.report(QUERIES, DOCUMENTS)
+        report = step.accumulate(rank_batch(QUERIES, DOCUMENTS))
     contrast = 3 * 20 * 20 * 16  # products of the loss itself, at least
     units = (whole.flops["all"] - contrast) / forward.flops["all"]
-    assert report.units == pytest.approx(units, rel=0.02)
+    assert report.work.units == pytest.approx(units, rel=0.02)
     expected = {"none": 4, "layers": 3.8, "products": 3, "all": 3}[keep]
-    assert report.units == pytest.approx(expected, abs=0.1)
+    assert report.work.units == pytest.approx(expected, abs=0.1)
 
 
 def test_measured_costs_are_those_of_bert():
@@ -209,7 +210,7 @@ def test_auto_times_what_it_chooses_from(monkeypatch):
     step = GradCache(encoder, loss, tokens_per_chunk=60, keep="auto", keep_gib=1)
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    assert step.report(QUERIES, DOCUMENTS).units == pytest.approx(3.0, abs=0.1)
+    assert step.accumulate(rank_batch(QUERIES, DOCUMENTS)).units == pytest.approx(3.0, abs=0.1)
     assert torch.equal(state, torch.get_rng_state())  # no dropout, and nothing else has drawn
     assert step.memory.keep_plan.worthwhile == ["none", "products", "all"]
 
@@ -233,13 +234,13 @@ def test_a_decision_is_stored_and_set_again():
     encoder, loss = tiny_encoder(), tiny_loss(symmetric=False)
     first = GradCache(encoder, loss, tokens_per_chunk=60, keep="auto", keep_gib=3e-4)
     assert first.memory.keep_plan is None
-    report = first.report(QUERIES, DOCUMENTS)
+    report = first.accumulate(rank_batch(QUERIES, DOCUMENTS))
     stored = json.loads(json.dumps(first.memory.keep_plan.to_dict()))
     again = GradCache(encoder, loss, tokens_per_chunk=60, keep="auto", keep_gib=99)
     again.memory.keep_plan = KeepPlan.from_dict(stored)
     assert again.memory.keep_plan == first.memory.keep_plan
-    assert again.report(QUERIES, DOCUMENTS).units == report.units
-    assert 3 < report.units < 4
+    assert again.accumulate(rank_batch(QUERIES, DOCUMENTS)).units == report.work.units
+    assert 3 < report.work.units < 4
 
 
 def test_attention_that_draws_dropout_is_computed_again():
@@ -328,8 +329,10 @@ def test_all_ranks_run_equally_many_passes(options, packing):
         step = GradCache(
             encoder, loss, tokens_per_chunk=60, strategy=strategy, balance=False, **options
         )
-        report = step.report([QUERIES[i] for i in parts[rank]], [DOCUMENTS[i] for i in parts[rank]])
-        return gradients(encoder, loss), strategy.passes, report.num_chunks, report.units
+        report = step.accumulate(
+            rank_batch([QUERIES[i] for i in parts[rank]], [DOCUMENTS[i] for i in parts[rank]])
+        )
+        return gradients(encoder, loss), strategy.passes, report.work.num_chunks, report.work.units
 
     results = run_ranks(on_rank, 3)
     _, expected = full_batch_gradient(tiny_encoder(), tiny_loss(symmetric=True), QUERIES, DOCUMENTS)
@@ -379,13 +382,20 @@ def test_every_strategy_keeps(name, options):
                 config={"zero_optimization": thresholds},
             )
         strategy = make_strategy(
-            config, encoder, loss, OptimConfig(), Collectives(), torch.device("cpu"), "float32"
+            config,
+            {"encoder": encoder, "objective": loss},
+            OptimConfig(),
+            Collectives(),
+            torch.device("cpu"),
+            "float32",
         )
         step = GradCache(
             encoder, loss, tokens_per_chunk=60, strategy=strategy, balance=False, **keep_options
         )
         rows = range(14) if torch.distributed.get_rank() == 0 else range(14, 20)
-        report = step.report([QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows])
+        report = step.accumulate(
+            rank_batch([QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows])
+        )
         norm = strategy.clip_gradients(0.0)
         strategy.step(0.1)
         moments = strategy.optimizer_state()
@@ -400,7 +410,7 @@ def test_every_strategy_keeps(name, options):
     moments = results[0][1]
     found = {name.split(".", 2)[2]: m / (1 - OptimConfig().beta1) for name, m in moments.items()}
     assert relative_error({n: found[n] for n in expected}, expected) < tolerance
-    assert all(3 <= report.units < 4 for _, _, report in results)
+    assert all(3 <= report.work.units < 4 for _, _, report in results)
 
 
 def test_ranks_agree_on_costs_and_budget():

@@ -13,8 +13,8 @@ from numerics.reference import (
 )
 
 from largebatch.batch import Chunk
-from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.temperature import Temperature
+from largebatch.objectives.contrastive import ContrastiveLoss
 from largebatch.parallel.collectives import Collectives
 from largebatch.step import passes
 from largebatch.step.dropout import masks_of_rank, rank_seed, state_hash

@@ -41,9 +41,9 @@ def meta_step(way, **options):
 
 def check(step):
     for report in (step(), step()):  # the second finds buffers and the optimizer's state
-        assert report.loss.device == report.accuracy.device == META
-        assert report.num_chunks > 1
-        assert (report.num_padded_tokens > report.num_encoded_tokens) == (
+        assert report.loss.device == report.metrics["accuracy"].device == META
+        assert report.work.num_chunks > 1
+        assert (report.work.num_padded_tokens > report.work.num_encoded_tokens) == (
             step.encoder.packing == "off"
         )
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dist import run_ranks
+from largebatch.step.keep import measure_levels
 from numerics.on_strategies import config_of
 from numerics.reference import QUERIES, tiny_encoder, tiny_loss
 from torch.distributed.tensor import DTensor
@@ -15,7 +16,6 @@ from largebatch.config import OptimConfig
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.deepspeed_build import prepare
 from largebatch.parallel.make import make_strategy
-from largebatch.step.keep import measure_levels
 
 CPU = torch.device("cpu")
 STRATEGIES = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
@@ -31,7 +31,12 @@ def _imported_once():
 def made(name):
     encoder, loss = tiny_encoder(dtype=torch.float32), tiny_loss(symmetric=False).float()
     strategy = make_strategy(
-        config_of(name), encoder, loss, OptimConfig(), Collectives(), CPU, "float32"
+        config_of(name),
+        {"encoder": encoder, "objective": loss},
+        OptimConfig(),
+        Collectives(),
+        CPU,
+        "float32",
     )
     chunks = encoder.make_chunks(Texts.from_lists(QUERIES), 40)[1]
     return encoder, loss, strategy, chunks

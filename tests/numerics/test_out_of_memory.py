@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from dist import run_ranks
+from largebatch.step.keep import embed_keeping
 from numerics.reference import (
     DOCUMENTS,
     NUM_PAIRS,
@@ -16,6 +17,7 @@ from numerics.reference import (
     full_batch_gradient,
     gradients,
     plain_infonce,
+    rank_batch,
     relative_error,
     tiny_encoder,
     tiny_loss,
@@ -37,7 +39,6 @@ from largebatch.errors import UserError
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import ReplicatedModel
 from largebatch.step.gradcache import GradCache
-from largebatch.step.keep import embed_keeping
 from largebatch.step.passes import push
 from largebatch.train import trainer
 from largebatch.world import part_of_rank
@@ -153,16 +154,16 @@ def test_less_is_kept(monkeypatch, options):
 
     monkeypatch.setattr(largebatch.step.passes, "embed_keeping", embed)
     with seen_passes(monkeypatch) as passes:
-        first = step.report(QUERIES, DOCUMENTS)
-    assert first.units == 4
+        first = step.accumulate(rank_batch(QUERIES, DOCUMENTS))
+    assert first.work.units == 4
     assert relative_error(gradients(encoder, loss), one_graph(encoder, loss, passes)) < 1e-9
     assert step.tokens_per_chunk == 40
     # The next step keeps what fits.
     with seen_passes(monkeypatch) as passes:
         held = 0.0
-        second = step.report(QUERIES, DOCUMENTS)
+        second = step.accumulate(rank_batch(QUERIES, DOCUMENTS))
     assert relative_error(gradients(encoder, loss), one_graph(encoder, loss, passes)) < 1e-9
-    assert second.units == 4 if options["keep"] == "all" else 3 < second.units < 4
+    assert second.work.units == 4 if options["keep"] == "all" else 3 < second.work.units < 4
 
 
 def on_rank(dropout, as_strategy):
@@ -171,7 +172,11 @@ def on_rank(dropout, as_strategy):
     rank, size = collectives.world.rank, collectives.world.size
     encoder, loss = tiny_encoder(dropout=dropout), tiny_loss(symmetric=False)
     torch.manual_seed(rank)
-    strategy = ReplicatedModel(encoder, loss, OptimConfig(), collectives) if as_strategy else None
+    strategy = (
+        ReplicatedModel({"encoder": encoder, "objective": loss}, OptimConfig(), collectives)
+        if as_strategy
+        else None
+    )
     step = GradCache(encoder, loss, tokens_per_chunk=128, strategy=strategy)
     rows = part_of_rank(NUM_PAIRS, rank, size)
     with memory_for(encoder, replay=40 if rank == 1 else 10**6):
@@ -224,7 +229,9 @@ def test_a_gradient_from_before_is_not_lost():
 
 def test_where_ranks_must_run_alike_it_is_told():
     encoder, loss = tiny_encoder(), tiny_loss(symmetric=False)
-    strategy = ReplicatedModel(encoder, loss, OptimConfig(), Collectives())
+    strategy = ReplicatedModel(
+        {"encoder": encoder, "objective": loss}, OptimConfig(), Collectives()
+    )
     strategy.equal_chunks = True
     strategy.can_redo = False
     for limits in ({"first_pass": 40}, {"replay": 40}):

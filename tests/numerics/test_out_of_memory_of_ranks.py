@@ -5,6 +5,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from dist import run_ranks
+from largebatch.step.keep import LEVELS
 from numerics.on_strategies import config_of
 from numerics.reference import (
     DOCUMENTS,
@@ -21,13 +22,12 @@ from numerics.test_out_of_memory import memory_for
 from largebatch.batch import Texts
 from largebatch.config import OptimConfig
 from largebatch.errors import UserError
-from largebatch.losses.infonce import ContrastiveLoss
+from largebatch.objectives.contrastive import ContrastiveLoss
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.deepspeed_build import prepare
 from largebatch.parallel.make import make_strategy
 from largebatch.step import chunk_size, passes
 from largebatch.step.gradcache import GradCache
-from largebatch.step.keep import LEVELS
 from largebatch.train import step as train_step_module
 from largebatch.world import part_of_rank
 
@@ -58,7 +58,12 @@ def step_on_rank(options, limit, *, name=None, grads_before=False, **limits):
     strategy = None
     if name is not None:
         strategy = make_strategy(
-            config_of(name), encoder, loss, OptimConfig(), Collectives(), CPU, "float32"
+            config_of(name),
+            {"encoder": encoder, "objective": loss},
+            OptimConfig(),
+            Collectives(),
+            CPU,
+            "float32",
         )
     step = GradCache(
         encoder, loss, tokens_per_chunk=128, strategy=strategy, balance=False, **options
@@ -162,7 +167,12 @@ def choose_on_rank(name, limit, *, no_texts=False):
     dtype = torch.float32 if name.startswith("zero") else torch.float64
     encoder, loss = tiny_encoder(dtype=dtype), tiny_loss(symmetric=False, dtype=dtype)
     strategy = make_strategy(
-        config_of(name), encoder, loss, OptimConfig(), Collectives(), CPU, "float32"
+        config_of(name),
+        {"encoder": encoder, "objective": loss},
+        OptimConfig(),
+        Collectives(),
+        CPU,
+        "float32",
     )
     texts = Texts.from_lists([] if no_texts and rank == 1 else [*QUERIES, *DOCUMENTS])
     sizes = []

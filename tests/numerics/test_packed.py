@@ -3,7 +3,14 @@
 import pytest
 import torch
 from dist import run_ranks
-from numerics.reference import WORDS, gradients, random_texts, relative_error, tiny_loss
+from numerics.reference import (
+    WORDS,
+    gradients,
+    random_texts,
+    rank_batch,
+    relative_error,
+    tiny_loss,
+)
 
 from largebatch.batch import Texts
 from largebatch.data.text import train_tokenizer
@@ -45,10 +52,10 @@ def step(model_type, pooling, packing, keep, world_size):
     rank = torch.distributed.get_rank() if world_size > 1 else 0
     encoder, loss = make_encoder(model_type, pooling, packing), tiny_loss(symmetric=True)
     rows = part_of_rank(len(QUERIES), rank, world_size)
-    report = GradCache(encoder, loss, tokens_per_chunk=50, keep=keep).report(
-        [QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows]
+    report = GradCache(encoder, loss, tokens_per_chunk=50, keep=keep).accumulate(
+        rank_batch([QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows])
     )
-    return gradients(encoder, loss), report.num_padded_tokens, report.num_encoded_tokens
+    return gradients(encoder, loss), report.work.num_padded_tokens, report.work.num_encoded_tokens
 
 
 @pytest.mark.parametrize("keep", ["none", "products"])

@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from functools import partial
 
+import largebatch.step.keep as keep_module
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,6 @@ from numerics.reference import (
 import largebatch.model.encoder as encoder_module
 import largebatch.objectives.contrastive
 import largebatch.step.gradcache
-import largebatch.step.keep as keep_module
 from largebatch.batch import Run, Texts
 from largebatch.model import attention
 from largebatch.parallel import collectives, ddp

@@ -16,6 +16,7 @@ from numerics.reference import (
     QUERIES,
     full_batch_gradient,
     random_texts,
+    rank_batch,
     relative_error,
     tiny_encoder,
     tiny_loss,
@@ -75,7 +76,12 @@ class Parts:
         self.encoder = tiny_encoder(dtype=dtype, seed=seed)
         loss = tiny_loss(symmetric=True, dtype=dtype)
         self.strategy = make_strategy(
-            config, self.encoder, loss, OPTIM, self.collectives, CPU, precision
+            config,
+            {"encoder": self.encoder, "objective": loss},
+            OPTIM,
+            self.collectives,
+            CPU,
+            precision,
         )
         self.grad_cache = GradCache(
             self.encoder,
@@ -91,7 +97,9 @@ class Parts:
         """Leave the gradient of the global batch with the strategy; return the report."""
         world = self.collectives.world
         rows = split(len(queries), world.rank, world.size)
-        return self.grad_cache.report([queries[i] for i in rows], [documents[i] for i in rows])
+        return self.grad_cache.accumulate(
+            rank_batch([queries[i] for i in rows], [documents[i] for i in rows])
+        )
 
 
 def even(num_rows, rank, size):
@@ -124,7 +132,7 @@ def gradients_on_rank(name, cases):
     for keep, split, budget in cases:
         parts = Parts(name, keep=keep, budget=budget)
         report = parts.gradient(SPLITS[split])
-        found[keep, split, budget] = report.num_chunks, whole_gradients(parts.strategy)
+        found[keep, split, budget] = report.work.num_chunks, whole_gradients(parts.strategy)
     return found
 
 
@@ -166,10 +174,12 @@ def uneven_steps_on_rank(name, *, fills_up=True):
         world, losses[case] = parts.collectives.world, []
         for layout in THIRDS:
             pairs, negatives = layout[world.rank] if world.size > 1 else (ALL, range(7))
-            report = parts.grad_cache.report(
-                [QUERIES[i] for i in pairs],
-                [DOCUMENTS[i] for i in pairs],
-                [NEGATIVES[i] for i in negatives],
+            report = parts.grad_cache.accumulate(
+                rank_batch(
+                    [QUERIES[i] for i in pairs],
+                    [DOCUMENTS[i] for i in pairs],
+                    [NEGATIVES[i] for i in negatives],
+                )
             )
             parts.strategy.clip_gradients(1.0)
             parts.strategy.step(1e-2)
@@ -224,7 +234,7 @@ def calls_on_rank(name):
         parts.strategy.zero_grad()
         with Recorder() as recorder:
             report = parts.gradient(even)
-        found[keep, budget] = recorder.calls, report.num_chunks, parts.strategy.num_parameters
+        found[keep, budget] = recorder.calls, report.work.num_chunks, parts.strategy.num_parameters
     return found
 
 
@@ -264,7 +274,7 @@ def take_step(parts, step):
     norm = parts.strategy.clip_gradients(0.5)
     parts.strategy.step(1e-2)
     parts.strategy.zero_grad()
-    parts.strategy.loss.temperature.clamp_()
+    parts.strategy.modules["objective"].temperature.clamp_()
     return float(report.loss), float(norm)
 
 

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numerics.on_strategies import config_of, whole_gradients
-from numerics.reference import embed, gradients, random_texts, tiny_encoder, tiny_loss
+from numerics.reference import (
+    embed,
+    gradients,
+    random_texts,
+    rank_batch,
+    tiny_encoder,
+    tiny_loss,
+)
 from torch import Tensor
 
 from largebatch.batch import Texts
@@ -219,7 +226,12 @@ def model_on_rank(name: str, case: Case, how: str) -> tuple[Encoder, Strategy, l
     encoder = encoder_of(case, how, dtype)
     loss = tiny_loss(symmetric=case.symmetric, dtype=dtype)
     strategy = make_strategy(
-        config_of(name), encoder, loss, OptimConfig(), collectives, CPU, "float32"
+        config_of(name),
+        {"encoder": encoder, "objective": loss},
+        OptimConfig(),
+        collectives,
+        CPU,
+        "float32",
     )
     return encoder, strategy, list(texts_of(LAYOUTS[case.layout][collectives.world.rank]))
 
@@ -238,21 +250,21 @@ def gradients_on_rank(name: str, paths: Iterable[Paths]) -> dict[Paths, Found]:
             try:
                 step = GradCache(
                     encoder,
-                    strategy.loss,
+                    strategy.modules["objective"],
                     tokens_per_chunk=BUDGET,
                     strategy=strategy,
                     **KEEPS[one.keep],
                     balance=False,
                 )
                 torch.manual_seed(100 + strategy.collectives.world.rank)
-                report = step.report(*parts[:3], ids=parts[3])
+                report = step.accumulate(rank_batch(*parts[:3], ids=parts[3]))
                 found[one] = Found(
                     float(report.loss),
                     whole_gradients(strategy),
-                    report.num_chunks,
-                    report.num_tokens - report.num_encoded_tokens,
-                    report.num_padded_tokens - report.num_encoded_tokens,
-                    report.units,
+                    report.work.num_chunks,
+                    report.work.num_tokens - report.work.num_encoded_tokens,
+                    report.work.num_padded_tokens - report.work.num_encoded_tokens,
+                    report.work.units,
                 )
                 strategy.zero_grad()
             except BaseException as error:

@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from largebatch.errors import UserError
-from largebatch.losses.infonce import ContrastiveLoss, info_nce
 from largebatch.losses.temperature import Temperature
+from largebatch.objectives.contrastive import ContrastiveLoss, info_nce
 from largebatch.world import part_of_rank
 
 TILES = [1, 3, 7, 64]

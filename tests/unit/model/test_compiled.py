@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from dist import run_ranks
+from largebatch.step.keep import LEVELS, LevelCost, measure_levels
 from numerics.reference import (
     embed,
     full_batch_gradient,
     gradients,
     random_texts,
+    rank_batch,
     relative_error,
     tiny_encoder,
     tiny_loss,
@@ -29,7 +31,6 @@ from largebatch.parallel.make import make_strategy
 from largebatch.step import passes
 from largebatch.step.dropout import RandomState
 from largebatch.step.gradcache import GradCache
-from largebatch.step.keep import LEVELS, LevelCost, measure_levels
 from largebatch.step.memory import KeepPlan
 
 # torch warns of itself while it compiles, and hides that, but not where warnings are errors.
@@ -151,11 +152,11 @@ def test_a_step_has_the_gradient_of_the_full_batch(graphs, keep, options, gib):
     step = GradCache(
         encoder, loss, tokens_per_chunk=60, keep=keep, keep_gib=gib if keep == "auto" else None
     )
-    report = step.report(QUERIES, DOCUMENTS)
+    report = step.accumulate(rank_batch(QUERIES, DOCUMENTS))
     assert relative_error(gradients(encoder, loss), expected) < 1e-6
-    assert report.num_chunks > 3
+    assert report.work.num_chunks > 3
     if keep == "auto":
-        assert 3 < report.units - encoder.extra_units < 4
+        assert 3 < report.work.units - encoder.extra_units < 4
 
 
 @pytest.mark.parametrize("option", ["compile", "checkpoint_layers"])
@@ -199,7 +200,12 @@ def test_strategies(monkeypatch, name, option):
             else StrategyConfig(name=name)
         )
         strategy = make_strategy(
-            config, encoder, loss, OptimConfig(), Collectives(), torch.device("cpu"), "float32"
+            config,
+            {"encoder": encoder, "objective": loss},
+            OptimConfig(),
+            Collectives(),
+            torch.device("cpu"),
+            "float32",
         )
         rows = range(9) if rank == 0 else range(9, 12)
         step = GradCache(encoder, loss, tokens_per_chunk=60, strategy=strategy, balance=False)
@@ -234,7 +240,12 @@ def test_zero_3_is_refused(graphs):
     says = r"backbone\.compile=true can't be used with strategy\.zero_stage=3; use .*strategy=fsdp"
     with pytest.raises(UserError, match=says):
         make_strategy(
-            config, encoder, loss, OptimConfig(), Collectives(), torch.device("cpu"), "float32"
+            config,
+            {"encoder": encoder, "objective": loss},
+            OptimConfig(),
+            Collectives(),
+            torch.device("cpu"),
+            "float32",
         )
 
 

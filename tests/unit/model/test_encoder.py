@@ -365,10 +365,9 @@ def test_a_module_that_is_not_known(tmp_path):
 
 
 def test_settings_without_weights_round_trip(tmp_path):
-    from largebatch.model.export import save_settings
 
     model = encoder(pooling="last", query_prompt="word1 ", normalize=False)
-    save_settings(model, tmp_path)
+    model.save_settings(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
     again = Encoder.from_settings(tmp_path)
     assert (again.pooling, again.normalize, again.text) == ("last", False, model.text)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from largebatch.step.keep import embed_keeping
 from numerics.reference import WORDS, random_texts
 from torch.profiler import ProfilerActivity, profile
 
@@ -9,7 +10,6 @@ from largebatch.batch import Chunk, Texts
 from largebatch.data.text import train_tokenizer
 from largebatch.model.attention import PACKABLE
 from largebatch.model.encoder import Encoder
-from largebatch.step.keep import embed_keeping
 
 WAITING = {
     "aten::item",

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from largebatch.step.keep import _Counter, embed_keeping
 from numerics.reference import WORDS, random_texts, tiny_encoder
 
 from largebatch.batch import Chunk, Texts
 from largebatch.data.text import train_tokenizer
 from largebatch.model.encoder import Encoder
 from largebatch.model.last_layer import TYPES_WITH_BERT_LAYERS
-from largebatch.step.keep import _Counter, embed_keeping
 
 TEXTS = Texts.from_lists([*random_texts(9, longest=30, seed=4), [7], [8, 9]])
 CONFIG = {

@@ -10,12 +10,13 @@ from dist import run_ranks
 from numerics.reference import (
     DOCUMENTS,
     QUERIES,
+    rank_batch,
     tiny_encoder,
     tiny_loss,
 )
 
 from largebatch.config import OptimConfig
-from largebatch.losses.infonce import ContrastiveLoss
+from largebatch.objectives.contrastive import ContrastiveLoss
 from largebatch.parallel import collectives as collectives_module
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import ReplicatedModel, average_gradients, start_equal
@@ -25,11 +26,13 @@ from largebatch.world import part_of_rank
 
 def one_step(budget, symmetric):
     encoder, loss = tiny_encoder(), tiny_loss(symmetric=symmetric)
-    strategy = ReplicatedModel(encoder, loss, OptimConfig(), Collectives())
+    strategy = ReplicatedModel(
+        {"encoder": encoder, "objective": loss}, OptimConfig(), Collectives()
+    )
     step = GradCache(encoder, loss, tokens_per_chunk=budget, strategy=strategy, balance=False)
     rows = part_of_rank(13, dist.get_rank(), dist.get_world_size())
-    report = step.report([QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows])
-    return report.num_chunks, strategy.num_parameters
+    report = step.accumulate(rank_batch([QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows]))
+    return report.work.num_chunks, strategy.num_parameters
 
 
 def count_collectives(budget, symmetric):
@@ -111,7 +114,7 @@ def test_averages_all_types_and_counts_a_missing_gradient_as_zeros():
 @pytest.mark.parametrize("max_norm", [0, 1, 100])
 def test_clips_by_the_norm_over_encoder_and_temperature(max_norm):
     model, loss = torch.nn.Linear(2, 1, bias=False), tiny_loss(symmetric=False)
-    strategy = ReplicatedModel(model, loss, OptimConfig(), Collectives())
+    strategy = ReplicatedModel({"encoder": model, "objective": loss}, OptimConfig(), Collectives())
     model.weight.grad = torch.tensor([[3.0, 4.0]])
     loss.temperature.log_scale.grad = torch.tensor(12.0, dtype=torch.float64)
     assert float(strategy.clip_gradients(max_norm)) == pytest.approx(13)
@@ -143,7 +146,9 @@ def test_what_no_backward_pass_reached_counts_as_zeros_on_one_rank_too():
 
 def test_the_rate_of_a_step_holds_for_weights_and_temperature():
     model, loss = torch.nn.Linear(2, 1), tiny_loss(symmetric=False)
-    strategy = ReplicatedModel(model, loss, OptimConfig(weight_decay=0.0), Collectives())
+    strategy = ReplicatedModel(
+        {"encoder": model, "objective": loss}, OptimConfig(weight_decay=0.0), Collectives()
+    )
     before = [p.detach().clone() for p in strategy.parameters]
     for parameter in strategy.parameters:
         parameter.grad = torch.ones_like(parameter)

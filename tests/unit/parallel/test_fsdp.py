@@ -36,7 +36,9 @@ def test_a_skeleton_has_no_weights_but_while_it_is_filled():
 def shares():
     encoder, loss = tiny_encoder(seed=torch.distributed.get_rank()), tiny_loss(symmetric=False)
     whole = sum(p.numel() for p in encoder.parameters())
-    strategy = FullyShardedModel(encoder, loss, OptimConfig(), Collectives())
+    strategy = FullyShardedModel(
+        {"encoder": encoder, "objective": loss}, OptimConfig(), Collectives()
+    )
     mine = sum(p.to_local().numel() for p in encoder.parameters())
     units = sum(isinstance(module, FSDPModule) for module in encoder.modules())
     with strategy.whole() as copy:

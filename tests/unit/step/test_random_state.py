@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from largebatch.step.keep import embed_keeping
 
 from largebatch import out_of_memory
 from largebatch.phases import PhaseClock
 from largebatch.step.dropout import RandomState
-from largebatch.step.keep import embed_keeping
 
 OTHER = torch.device("cuda", 1)
 

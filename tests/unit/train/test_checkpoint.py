@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from largebatch.config import OptimConfig
 from largebatch.errors import UserError
-from largebatch.losses.infonce import ContrastiveLoss
 from largebatch.losses.temperature import Temperature
+from largebatch.objectives.contrastive import ContrastiveLoss
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import ReplicatedModel
 from largebatch.train import checkpoint
@@ -48,13 +48,13 @@ class Tied(torch.nn.Module):
 
 
 def make_strategy(encoder, loss):
-    return ReplicatedModel(encoder, loss, OptimConfig(), Collectives())
+    return ReplicatedModel({"encoder": encoder, "objective": loss}, OptimConfig(), Collectives())
 
 
 def take_step(strategy):
     encoder = strategy.encoder
     value = encoder.out(encoder.embed.weight).sum() + (encoder.turned**2).sum()
-    (value * strategy.loss.temperature()).backward()
+    (value * strategy.modules["objective"].temperature()).backward()
     with strategy.gradient_pass():  # gives `unused` its gradient
         pass
     strategy.step(2e-4)

@@ -43,7 +43,9 @@ class Parts:
         self.encoder = tiny_encoder(dtype=torch.float32)
         self.loss = tiny_loss(symmetric=False, dtype=torch.float32)
         self.collectives = Collectives()
-        self.strategy = ReplicatedModel(self.encoder, self.loss, CONFIG.optim, self.collectives)
+        self.strategy = ReplicatedModel(
+            {"encoder": self.encoder, "objective": self.loss}, CONFIG.optim, self.collectives
+        )
         self.grad_cache = GradCache(
             self.encoder,
             self.loss,
@@ -86,7 +88,7 @@ def two_steps():
         parts.read(2) | {"skipped": parts.meter.num_skipped},
         [float(r.report.loss) for r in results],
         [float(r.grad_norm) for r in results],
-        parts.step(2).report.num_tokens,
+        parts.step(2).report.work.num_tokens,
         parts.read(3),
     )
 
