@@ -32,6 +32,7 @@ lint: .venv/.ready-dev ## Check format, lint, types, spelling and shell scripts
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/codespell
 	$(BIN)/shellcheck .ci/run launch/*.sh
 

@@ -5,8 +5,8 @@
 Arithmetic on real lengths, no training. Draws global batches and gives each rank as many pairs as
 the others. All ranks wait for the one that has the most tokens; were they equal, the step would
 take the mean. `wait` is how much longer it is for that, `left` the same after the exchange, and
-`moved` the share of the pairs that go to another rank for it (largebatch/balance.py). At the end,
-how long an exchange takes: processes of this machine, gloo, each with its own part.
+`moved` the share of the pairs that go to another rank for it (largebatch/step/balance.py). At the
+end, how long an exchange takes: processes of this machine, gloo, each with its own part.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from largebatch.batch import Texts
 from largebatch.parallel.collectives import Collectives
-from largebatch.step.balance import Part, even_out, new_owners
+from largebatch.step.balance import Pairs, exchange_pairs, new_owners
 
 Lengths = npt.NDArray[np.int64]
 
@@ -96,12 +96,13 @@ def exchange(rank: int, size: int, tokens: Lengths, batch: int, port: int) -> No
     own = np.array_split(np.random.default_rng(0).choice(tokens, batch), size)[rank]
     documents = Texts(np.zeros(own.sum() - len(own), np.int32), own.astype(np.int32) - 1)
     queries = Texts(np.zeros(len(own), np.int32), np.ones(len(own), np.int32))
-    part = Part(queries, documents, Texts.from_lists([]), np.zeros(len(own), np.int64))
+    ids = np.zeros(len(own), np.int64)
+    pairs = Pairs(queries, documents, Texts.from_lists([]), None, ids)
     seconds = []
     for _ in range(20):
         dist.barrier()
         start = time.perf_counter()
-        even_out(part, collectives)
+        exchange_pairs(pairs, collectives)
         seconds.append(time.perf_counter() - start)
     if rank == 0:
         print(f"{size} ranks, {batch:,} pairs: {1000 * np.median(seconds):.1f} ms", flush=True)

@@ -53,7 +53,7 @@ def measure(pairs: int, tokens_per_chunk: int) -> dict[str, float]:
     import torch
 
     from largebatch import ContrastiveLoss, Encoder, GradCache
-    from largebatch.batch import Texts
+    from largebatch.batch import RankBatch, Texts
     from largebatch.data.text import train_tokenizer
     from largebatch.train.memory import bound_kernel_cache, peak_memory_gib
 
@@ -80,7 +80,7 @@ def measure(pairs: int, tokens_per_chunk: int) -> dict[str, float]:
     queries, documents = random_texts(32), random_texts(80)
     step = GradCache(encoder, ContrastiveLoss(), tokens_per_chunk=tokens_per_chunk)
     start = time.perf_counter()
-    report = step.accumulate(rank_batch(queries, documents))
+    report = step.accumulate(RankBatch(queries, documents, Texts.from_lists([])))
     seconds = time.perf_counter() - start
     mib = 2**20
     # A token is held as int32, and as int64 id and mask in its padded chunk.

@@ -21,7 +21,7 @@ from largebatch.batch import RankBatch, Texts
 from largebatch.config import OptimConfig, TrainConfig
 from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
-from largebatch.train.build import build_encoder, build_loss
+from largebatch.train.build import build_encoder, build_objective
 from largebatch.train.feed import Feed
 from largebatch.train.optim import learning_rate
 from largebatch.world import World
@@ -52,7 +52,7 @@ def plain_losses(
     assert not any(m.p for m in encoder.modules() if isinstance(m, nn.Dropout))
     encoder.backbone.config._attn_implementation = "eager"
     encoder.to(dtype).train()
-    loss = build_loss(config).to(dtype)
+    loss = build_objective(config).to(dtype)
     parameters = [*encoder.parameters(), *filter(lambda p: p.requires_grad, loss.parameters())]
     optimizer = adamw(parameters, config.optim)
     for batch in feed.batches(encoder.tokenizer, encoder.text):
@@ -60,7 +60,9 @@ def plain_losses(
             *(embed(encoder, side) for side in (batch.queries, batch.documents, batch.negatives)),
             loss.temperature(),
             false_negatives(batch) if config.objective.mask_duplicates else {},
-            symmetric=config.objective.symmetric if batch.symmetric is None else batch.symmetric,
+            symmetric=config.objective.symmetric
+            if batch.loss_options.symmetric is None
+            else batch.loss_options.symmetric,
         )
         optimizer.zero_grad()
         value.backward()

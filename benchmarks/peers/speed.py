@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="of a process; the last one counts")
     parser.add_argument("--mini-batches", nargs="+", default=MINI_BATCHES)
     parser.add_argument(
-        "--keep", nargs="+", default=["none", "all"], help="of largebatch: LEVEL or LEVEL@GIB"
+        "--keep", nargs="+", default=["none", "all"], help="of largebatch: KEEP or KEEP@GIB"
     )
     parser.add_argument("--tokens-per-chunk", default="2048", help="of largebatch")
     parser.add_argument("--plain-up-to", type=int, default=1024, help="largest plain full batch")

@@ -22,7 +22,7 @@ from largebatch.config import TrainConfig
 from largebatch.parallel.collectives import Collectives
 from largebatch.phases import PHASES, PhaseClock, phase, timed_phases
 from largebatch.step.objective import Work
-from largebatch.train.build import build_encoder, build_step
+from largebatch.train.build import build_encoder, build_objective, build_step
 from largebatch.train.feed import Feed
 from largebatch.train.memory import forget_peak, peak_memory_gib
 from largebatch.train.process import Rank
@@ -107,8 +107,9 @@ class _Case:
         self.encoder.to(device).train()
         self.forward_flops = count_forward(self.encoder)
         self.shapes = linear_shapes(self.encoder)
-        self.objective, self.strategy, self.step = build_step(
-            config, self.encoder, collectives, device
+        self.objective = build_objective(config)
+        self.strategy, self.engine = build_step(
+            config, self.encoder, self.objective, collectives, device
         )
         self.batches = feed.batches(self.encoder.tokenizer, self.encoder.text)
 
@@ -134,7 +135,7 @@ class _Case:
                 batch = next(self.batches)
             result = train_step(
                 batch,
-                step=self.step,
+                engine=self.engine,
                 objective=self.objective,
                 strategy=self.strategy,
                 config=self.config,
@@ -186,12 +187,12 @@ class _Case:
 
     def _count(self, batch: RankBatch) -> StepFlops:
         (columns,) = self._sum([batch.documents.num_texts + batch.negatives.num_texts])
-        assert self.step.memory.tokens_per_chunk is not None
+        assert self.engine.memory.tokens_per_chunk is not None
         return count_step(
             self.encoder,
             self.forward_flops,
             batch,
-            self.step.memory.tokens_per_chunk,
+            self.engine.memory.tokens_per_chunk,
             columns=round(columns),
         )
 
@@ -210,11 +211,11 @@ class _Case:
         profiler.export_chrome_trace(str(file))
 
     def _matmul_rate(self) -> float:
-        assert self.step.memory.tokens_per_chunk is not None
+        assert self.engine.memory.tokens_per_chunk is not None
         self.collectives.barrier()
         rate = measure_matmul(
             self.shapes,
-            tokens=self.step.memory.tokens_per_chunk,
+            tokens=self.engine.memory.tokens_per_chunk,
             dtype=torch.bfloat16
             if self.config.hardware.precision == "bf16"
             else self.encoder.dtype,
@@ -252,7 +253,7 @@ class _Case:
             "repeated_share": 1 - middle.num_encoded_tokens / max(middle.num_tokens, 1),
             "tokens_per_step": middle.num_tokens / steps,
             "chunks_per_step": middle.num_chunks / steps,
-            "tokens_per_chunk": self.step.memory.tokens_per_chunk,
+            "tokens_per_chunk": self.engine.memory.tokens_per_chunk,
             "parameters": self.strategy.num_parameters,
         }
 

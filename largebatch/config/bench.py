@@ -44,7 +44,7 @@ class BenchConfig(TrainConfig):
     chunks: list[int | str] = field(default_factory=list)
     """Chunk budgets to try, in tokens, or auto. Empty: the run's own, tokens_per_chunk."""
     keeps: list[str] = field(default_factory=list)
-    """Keep levels to try: none, layers, products, all, auto. Empty: the run's own, keep."""
+    """Values of keep to try: none, all, auto. Empty: the run's own, keep."""
     strategies: list[str] = field(default_factory=list)
     """Strategies to try: ddp, fsdp, zero0 to zero3 (DeepSpeed at that stage) or deepspeed (at
     strategy.zero_stage). Empty: the run's own, strategy."""

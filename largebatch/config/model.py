@@ -1,10 +1,10 @@
 """Options of the model and the objective."""
 
+import importlib.util
 import pkgutil
 from dataclasses import dataclass, field
 from typing import Any
 
-from largebatch import objectives
 from largebatch.config.checks import Faults
 from largebatch.config.data import NEGATIVES
 
@@ -157,4 +157,6 @@ class ObjectiveConfig:
 
 def objective_names() -> list[str]:
     """Return the names of the objectives: the modules of `largebatch.objectives`."""
-    return sorted(module.name for module in pkgutil.iter_modules(objectives.__path__))
+    folder = importlib.util.find_spec("largebatch.objectives")  # without importing torch
+    assert folder is not None
+    return sorted(one.name for one in pkgutil.iter_modules(folder.submodule_search_locations))

@@ -135,14 +135,15 @@ def sample_texts(
                 if error.kind == "unreachable":
                     break  # the store would be waited for at each of its segments
                 continue
-            for record in _usable_records(segment, skip_faults=skip_faults):
+            for record in usable_records(segment, skip_faults=skip_faults):
                 for text in (record.query, record.document, *record.negatives):
                     # The trainer takes time that is quadratic in a word's length, and words of a
                     # hundred thousand letters occur (encoded data).
                     yield text[:SAMPLED_CHARS]
 
 
-def _usable_records(segment: SegmentRecords, *, skip_faults: bool) -> Iterator[Record]:
+def usable_records(segment: SegmentRecords, *, skip_faults: bool) -> Iterator[Record]:
+    """Yield the records of a segment; those that can't be used are an error or passed over."""
     for number in range(len(segment)):
         try:
             yield segment.record(number)

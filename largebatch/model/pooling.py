@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from largebatch.batch import Chunk
+from largebatch.batch import Chunk, Packing
 from largebatch.config import POOLINGS, suggest
 from largebatch.errors import UserError
 
@@ -141,7 +141,7 @@ def pooling_class(name: str) -> type[Pooling]:
     return kind
 
 
-def pool_chunk(pooling: nn.Module, hidden: Tensor, chunk: Chunk) -> Tensor:
+def pool_chunk(pooling: Pooling, hidden: Tensor, chunk: Chunk) -> Tensor:
     """Return the vector of each text of a chunk, `[n, d]`.
 
     Args:
@@ -149,16 +149,33 @@ def pool_chunk(pooling: nn.Module, hidden: Tensor, chunk: Chunk) -> Tensor:
         hidden: `[n, L, H]`, or `[1, T, H]` where the chunk is packed.
         chunk: What it was made of.
     """
-    if chunk.packing is None:
-        pooled: Tensor = pooling(hidden, chunk.attention_mask)
+    # ZeRO-3 wants the same calls of modules on all ranks, and these differ in whether they pack and
+    # in their texts' lengths. So a pooling with weights is called once for a chunk, one without is
+    # not called as a module at all.
+    if any(True for _ in pooling.parameters()):
+        mask = chunk.attention_mask
+        if chunk.packing is not None:
+            hidden, mask = _padded(hidden, mask, chunk.packing)
+        pooled: Tensor = pooling(hidden, mask)
         return pooled
+    pool = pooling.forward
+    if chunk.packing is None:
+        return pool(hidden, chunk.attention_mask)
     runs = chunk.packing.runs
     sizes = [run.num_texts * run.length for run in runs]
     parts = zip(runs, hidden[0].split(sizes), chunk.attention_mask[0].split(sizes), strict=True)
     # Texts of one length are a batch without padding.
-    return torch.cat(
-        [pooling(h.unflatten(0, run), mask.unflatten(0, run)) for run, h, mask in parts]
-    )
+    return torch.cat([pool(h.unflatten(0, run), mask.unflatten(0, run)) for run, h, mask in parts])
+
+
+def _padded(hidden_1TH: Tensor, mask_1T: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+    """Return packed hidden states and their mask, padded on the right: `[n, L, H]`, `[n, L]`."""
+    starts_n, ends_n = packing.boundaries[:-1].long(), packing.boundaries[1:].long()
+    longest = packing.runs[0].length
+    places_nL = starts_n[:, None] + torch.arange(longest, device=starts_n.device)
+    is_inside_nL = places_nL < ends_n[:, None]
+    places_nL = places_nL.where(is_inside_nL, 0)
+    return hidden_1TH[0, places_nL], mask_1T[0, places_nL] * is_inside_nL
 
 
 def zero_where_masked(tokens_nH: Tensor, mask_n: Tensor) -> Tensor:

@@ -368,7 +368,8 @@ class DeepSpeedModel:
         rank, shards = self.collectives.world.rank, []
         for parameter in self.encoder_parameters:
             shard = shard_of(parameter).detach().float().flatten()
-            # What lies behind a weight's end, on the last ranks, is anything.
+            # Shards are equally long, so the last ones reach beyond the weight: that part holds
+            # arbitrary numbers.
             left = parameter.ds_numel - rank * shard.numel()  # type: ignore[attr-defined]
             shards.append(shard[: max(left, 0)])
         return self.collectives.sum(nn.utils.get_total_norm(shards).square()).sqrt()

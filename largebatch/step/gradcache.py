@@ -288,6 +288,8 @@ class GradCache:
         facts, chunks, states = [], [], []
         for told in self.collectives.gather_ragged(message):
             b, n, number, state, *lengths = told[: len(header) + len(known)].tolist()
+            length = len(header) + len(known) + sum(lengths)
+            assert len(told) == length, "ranks know different things"
             parts = np.split(told[len(header) + len(known) :], np.cumsum(lengths))
             facts.append(Facts(b, n, dict(zip(known, parts[:-1], strict=True))))
             chunks.append(number)

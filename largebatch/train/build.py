@@ -122,20 +122,25 @@ def build_objective(config: TrainConfig) -> Objective:
 
 
 def build_step(
-    config: TrainConfig, encoder: Encoder, collectives: Collectives, device: torch.device
-) -> tuple[Objective, Strategy, Step]:
-    """Spread an encoder and a new objective over the ranks; called by all ranks.
+    config: TrainConfig,
+    encoder: Encoder,
+    objective: Objective,
+    collectives: Collectives,
+    device: torch.device,
+) -> tuple[Strategy, Step]:
+    """Spread an encoder and an objective over the ranks; called by all ranks.
 
     Args:
         config: Of the run.
         encoder: On `device`, with the same weights on all ranks.
+        objective: What `build_objective` gave; it goes to the device here.
         collectives: How ranks reach each other.
         device: Of this rank.
 
     Raises:
         UserError: The strategy can't run here, or options don't fit together.
     """
-    objective = build_objective(config).to(device)
+    objective.to(device)
     strategy = make_strategy(
         config.strategy,
         {ENCODER: encoder, "objective": objective},
@@ -155,7 +160,7 @@ def build_step(
         keep_gib=config.keep_gib,
         balance=config.balance,
     )
-    return objective, strategy, step
+    return strategy, step
 
 
 def build_encoder(

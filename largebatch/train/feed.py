@@ -1,6 +1,6 @@
 """The data of a run: its batches, and what is noted of them on the way."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ from largebatch.batch import RankBatch
 from largebatch.config import TrainConfig
 from largebatch.data.holes import HoleLog, read_holes, rows_by_step
 from largebatch.data.linelog import LineLog
-from largebatch.data.stream import Stream
+from largebatch.data.source import Source
+from largebatch.data.stream import Stream, usable_records
 from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
 from largebatch.step.objective import SourceNote
@@ -54,6 +55,29 @@ class Feed:
         )
         self.num_skipped = sum(hole.step < first_step for hole in self._known_holes)
         """Rows of all ranks that were skipped so far."""
+
+    def check_fields(self, fields: Collection[str]) -> None:
+        """Check that the sources' records have what the objective needs beside the pair.
+
+        Raises:
+            UserError: A source lacks it.
+        """
+        if "negatives" not in fields:
+            return
+        for source, is_drawn in zip(self.sources, self.schedule.is_drawn, strict=True):
+            if is_drawn and not self._has_negatives(source):
+                raise UserError(
+                    f"data.sources.{source.name}: objective.name={self.config.objective.name} "
+                    "needs negatives, and the records have none, or data.sources."
+                    f"{source.name}.max_negatives=0 leaves them out"
+                )
+
+    def _has_negatives(self, source: Source) -> bool:
+        """Whether any record of the first segment has negatives that are used."""
+        skips = self.config.data.on_fault == "skip"
+        if source.max_negatives == 0:
+            return False
+        return any(record.negatives for record in usable_records(source.read(0), skip_faults=skips))
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:

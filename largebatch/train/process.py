@@ -39,7 +39,8 @@ def connected(config: TrainConfig) -> Iterator[Rank]:
     torch.set_num_threads(_num_threads(config, world.size))
     with process_group(world, device, config.strategy):
         collectives = Collectives()
-        # Until all are connected, a rank that fails makes the others' backend print what it thinks.
+        # Wait until all are connected: if a rank failed before, the backends of the others would
+        # print warnings of their own beside its line.
         collectives.highest(0)
         yield Rank(device, collectives)
 

@@ -37,7 +37,7 @@ class StepResult(NamedTuple):
 def train_step(
     batch: RankBatch,
     *,
-    step: Step,
+    engine: Step,
     objective: Objective,
     strategy: Strategy,
     config: TrainConfig,
@@ -46,7 +46,7 @@ def train_step(
     rate = learning_rate(
         batch.step, config.schedule, highest=config.optim.lr, max_steps=config.max_steps
     )
-    report = step.accumulate(batch)
+    report = engine.accumulate(batch)
     with phase("optimizer"), ends_with(lambda: OPTIMIZER_RAN_OUT):
         grad_norm = strategy.clip_gradients(config.optim.clip_norm)
         strategy.step(rate)

@@ -1,4 +1,12 @@
-"""The training run: build the parts, resume, loop, and leave a scored, loadable model behind."""
+"""The training run, in the order in which it happens.
+
+1. `train`: connect the ranks, lock the run folder, see how far an earlier process came.
+2. `_Run.__init__`: build the parts; load the last checkpoint.
+3. `_Run.loop`: take the steps (each is `train_step`), log, evaluate, save.
+4. `_Run.finish`: score the best weights on the test sets, export them, draw the plots.
+
+Nothing here knows what is optimized, or how weights are spread over ranks.
+"""
 
 import logging
 from collections.abc import Iterable
@@ -21,7 +29,7 @@ from largebatch.parallel.collectives import Collectives
 from largebatch.phases import phase
 from largebatch.step.dropout import rank_seed
 from largebatch.step.memory import KeepPlan
-from largebatch.train.build import build_encoder, build_step, in_force
+from largebatch.train.build import build_encoder, build_objective, build_step, in_force
 from largebatch.train.checkpoint import (
     Best,
     Tensors,
@@ -77,7 +85,7 @@ class _Run:
         collectives: Collectives,
         progress: Progress,
     ) -> None:
-        # 1. What was trained already.
+        # What was trained already.
         self.config = config
         self.folder = folder
         self.device = device
@@ -89,12 +97,18 @@ class _Run:
         self.is_trained = self.first_step == config.max_steps
         self.run_log: RunLog | None = None
 
-        # 2. Data. Sets and shards are looked at before anything expensive.
+        # What is optimized. It comes first, since it says what it needs of the data.
+        torch.manual_seed(config.seed)
+        self.objective = build_objective(config)
+
+        # Data. Sets and shards are looked at before anything expensive.
         self.feed = Feed(config, folder, self.world, first_step=self.first_step)
+        collectives.all_succeed(lambda: self.feed.check_fields(self.objective.fields))
         self.dev_sets = load_sets(config.eval.dev, option="eval.dev")
         self.test_sets = load_sets(config.eval.test, option="eval.test")
 
-        # 3. Model. The same seed on all ranks for the weights, another on each for dropout.
+        # Model. All ranks make the same weights. After that each gets a seed of its own
+        # (`restore`), for ranks must not share dropout masks.
         torch.manual_seed(config.seed)
         encoder = build_encoder(
             config,
@@ -105,15 +119,16 @@ class _Run:
             shares=self.feed.schedule.shares(0),
         )
         self.encoder = encoder.to(device).train()
-        # What the run's folder tells is what was in force, the checkpoint's own words among it.
+        # config.yaml holds what is in force: where the config leaves a setting to the checkpoint
+        # that it starts from, what that says.
         self.config = config = in_force(config, encoder)
         self.settings = asdict(config)
         collectives.on_main(self._write_config)
         self.best: Best | None = None
 
-        # 4. The step.
-        self.objective, self.strategy, self.step = build_step(
-            config, self.encoder, collectives, device
+        # The step: encoder and objective are spread over the ranks.
+        self.strategy, self.engine = build_step(
+            config, self.encoder, self.objective, collectives, device
         )
         self.restore()
         self.evaluation = Evaluation(self.strategy, config.eval.batch_tokens)
@@ -138,7 +153,7 @@ class _Run:
 
     def _restore_memory(self, details: dict[str, Any]) -> None:
         """Use again what was measured or halved: the run goes on with the same numbers."""
-        engine, before, memory = details["engine"], details["config"], self.step.memory
+        engine, before, memory = details["engine"], details["config"], self.engine.memory
         # Each rank's own, for the same chunks draw the same masks. Where ranks must run alike they
         # have had the same; a run of another strategy may not.
         if details["world_size"] == self.world.size and not self.strategy.equal_chunks:
@@ -184,6 +199,7 @@ class _Run:
     def loop(self) -> None:
         """Take the steps."""
         config = self.config
+        # Scores before the first step: what all later ones are compared with.
         if self.first_step == 0 and config.eval.before:
             self._log(0, self._score({**self.dev_sets, **self.test_sets}))
             self._log(0, self._bm25())
@@ -193,14 +209,16 @@ class _Run:
         batches = self.feed.batches(self.encoder.tokenizer, self.encoder.text)
         has_warned = False
         for step in range(self.first_step + 1, config.max_steps + 1):
+            # Loader processes read and tokenize ahead: to wait here means that they are too slow.
             with meter.waiting_for_data(), phase("data"):
                 batch = next(batches)
-            if self.step.memory.tokens_per_chunk is None:
+            # Chosen on real texts, so not before there are any; a resumed run has its number.
+            if self.engine.memory.tokens_per_chunk is None:
                 with meter.paused():
                     self._choose_tokens_per_chunk(batch)
             result = train_step(
                 batch,
-                step=self.step,
+                engine=self.engine,
                 objective=self.objective,
                 strategy=self.strategy,
                 config=config,
@@ -209,18 +227,20 @@ class _Run:
             last = step == config.max_steps
             evaluates = bool(self.dev_sets) and (step % eval_every == 0 or last)
             saves = step % save_every == 0 or last
+            # The one place where this process waits for the device, so it is done every few steps.
+            # Also before each checkpoint, so that none ever holds weights that are not finite.
             if step % config.logger.every_steps == 0 or evaluates or saves:
-                # The one place where this process waits for the device. Also before each
-                # checkpoint, so that none ever holds weights that are not finite.
                 values = meter.read(step, self.strategy, self.objective)
                 self.feed.count_skipped(step, meter.num_skipped)
                 if not has_warned:
                     has_warned = self._warn(meter)
                 self._log(step, values | self.feed.metrics(step))
+            # Scores and checkpoints leave the figures of speed alone.
             improved = False
             if evaluates:
                 with meter.paused():
                     improved = self._evaluate(step)
+            # A best one between two checkpoints would be gone when the run ends.
             if saves or (improved and config.checkpoint.keep_best):
                 with meter.paused():
                     self._save(step, meter.elapsed_s)
@@ -238,10 +258,12 @@ class _Run:
     def finish(self) -> Result:
         """Score the best weights on the test sets, export them, draw the plots."""
         last = self.config.max_steps
-        # The step was not the last one, or there was no such set, when it was saved.
+        # The last step has no dev score if max_steps was higher when it was taken, or there was no
+        # dev set.
         lacks_score = self.dev_sets and not self.collectives.on_main(self._has_dev_scores)
         if lacks_score and self._evaluate(last) and self.config.checkpoint.keep_best:
             self._save(last, self.elapsed_before_s)
+        # The weights with the best dev score are what the run is for.
         step = last
         if self.config.checkpoint.keep_best and self.best is not None:
             step = self.best.step
@@ -341,7 +363,7 @@ class _Run:
         )
 
     def _choose_tokens_per_chunk(self, batch: RankBatch) -> None:
-        chosen = self.step.choose_tokens_per_chunk(batch)
+        chosen = self.engine.choose_tokens_per_chunk(batch)
         if self.world.is_main:
             print_lines([f"tokens_per_chunk: {chosen:,} was the fastest"])
 
@@ -350,7 +372,7 @@ class _Run:
 
         All ranks must call it.
         """
-        memory = self.step.memory
+        memory = self.engine.memory
         assert memory.tokens_per_chunk is not None
         plan = memory.keep_plan
         return {

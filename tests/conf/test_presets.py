@@ -4,6 +4,7 @@ After a change that is meant, write the golden files anew and read the differenc
     LARGEBATCH_WRITE_GOLDEN=1 pytest tests/conf
 """
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 
 from largebatch.cli.compose import build, compose, resolve
 from largebatch.cli.overrides import expand_preset
-from largebatch.cli.presets import conf_folder, open_presets
+from largebatch.cli.presets import CONF_PACKAGE, conf_folder, open_presets
 from largebatch.cli.table import COMMANDS
 from largebatch.errors import UserError
 
@@ -87,7 +88,10 @@ def test_a_pretrained_backbone_needs_its_path():
 
 
 def test_a_checkout_without_an_installed_package_finds_its_presets(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    plain = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == CONF_PACKAGE else plain(name)
+    )
     assert (conf_folder() / "train.yaml").is_file()
     with open_presets(TRAIN) as presets:
         assert build(compose(presets, ["experiment=quickstart"])).name == "quickstart"

@@ -126,11 +126,12 @@ WAYS = {
         "ranks": 2, "strategy": "fsdp", "packing": "on", "keep": "all", "tokens_per_chunk": 400,
     },
     "zero2": {
-        "ranks": 2, "strategy": "zero2", "packing": "on", "keep": "products",
+        "ranks": 2, "strategy": "zero2", "packing": "on", "keep": "auto", "keep_gib": 5e-4,
         "tokens_per_chunk": 200,
     },
     "zero3": {
-        "ranks": 2, "strategy": "zero3", "packing": "on", "keep": "layers", "tokens_per_chunk": 200,
+        "ranks": 2, "strategy": "zero3", "packing": "on", "keep": "auto", "keep_gib": 5e-4,
+        "tokens_per_chunk": 200,
     },
 }  # fmt: skip
 

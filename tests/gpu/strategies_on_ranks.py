@@ -26,7 +26,7 @@ from largebatch.step.gradcache import GradCache
 
 
 def main(device_name: str, name: str) -> None:
-    """Check the gather, and the strategy's gradient at each level of keeping."""
+    """Check the gather, and the strategy's gradient in each way of keeping."""
     world = world_from_environment()
     device = choose_device(device_name, world)
     config = config_of(name)
@@ -49,7 +49,7 @@ def main(device_name: str, name: str) -> None:
         if world.size > 1:
             ends[world.size - 1] = ends[world.size - 2]
         rows = range(ends[world.rank], ends[world.rank + 1])
-        for keep in ("none", "layers", "all"):
+        for keep in ("none", "all"):
             step = GradCache(
                 encoder, loss, tokens_per_chunk=64, keep=keep, strategy=strategy, balance=False
             )

@@ -18,7 +18,7 @@ from numerics.reference import (
 from largebatch.step.gradcache import GradCache
 from largebatch.train.memory import forget_peak, peak_memory_gib
 
-KEEPS = ("none", "layers", "products", "all")
+KEEPS = ("none", "all")
 
 
 def gradient_on(device, queries=QUERIES, documents=DOCUMENTS, *, packing="off", **options):
@@ -41,11 +41,10 @@ def test_gradient_in_float32(device, expected, keep):
 
 
 @pytest.mark.gpu(stand_in=True)
-@pytest.mark.parametrize("keep", ["layers", "products", "all"])
-def test_replay_draws_the_same_dropout_masks(device, keep):
+def test_replay_draws_the_same_dropout_masks(device):
     found = []
-    for level in ("none", keep):
-        step = Step(device=device, keep=level, packing="off", dropout=0.3)
+    for keep in ("none", "all"):
+        step = Step(device=device, keep=keep, packing="off", dropout=0.3)
         torch.manual_seed(3)
         found.append(gradients_of(step))
     assert relative_error(found[1], found[0]) < 1e-5

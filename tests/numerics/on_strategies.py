@@ -25,10 +25,7 @@ def config_of(name: str) -> StrategyConfig:
 def whole_gradients(strategy: Strategy) -> dict[str, Tensor]:
     """Return the gradients by name, whole, on every rank."""
     found = {}
-    for module in (
-        getattr(strategy.encoder, "module", strategy.encoder),
-        strategy.modules["objective"],
-    ):
+    for module in strategy.modules.values():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 found[name] = _whole_gradient(parameter).clone()

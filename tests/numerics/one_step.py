@@ -68,7 +68,7 @@ class Step:
         self.strategy.clip_gradients(1.0)
         self.strategy.step(1e-3)
         self.strategy.zero_grad()
-        self.loss.temperature.clamp_()
+        self.loss.after_step()
         return report
 
 

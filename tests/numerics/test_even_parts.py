@@ -26,7 +26,7 @@ from largebatch.batch import Texts
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.deepspeed_build import prepare
 from largebatch.step import balance, gradcache
-from largebatch.step.balance import Part, even_out
+from largebatch.step.balance import Pairs, exchange_pairs
 from largebatch.step.gradcache import GradCache
 from largebatch.step.hashes import id_hashes
 
@@ -72,13 +72,14 @@ def with_dropout(exchange_first):
     case = CASES["longer, one way, cls, dropout"]
     rank = Collectives().world.rank
     queries, documents, negatives, ids = texts_of(LAYOUTS[case.layout][rank])
-    part = Part(*map(Texts.from_lists, (queries, documents, negatives)), id_hashes(ids))
+    sides = map(Texts.from_lists, (queries, documents, negatives))
+    pairs = Pairs(*sides, negative_counts=None, id_hashes=id_hashes(ids))
     encoder, loss = encoder_of(case, "padded"), tiny_loss(symmetric=case.symmetric)
     if exchange_first:
-        part = even_out(part, Collectives())
+        pairs = exchange_pairs(pairs, Collectives())
     step = GradCache(encoder, loss, tokens_per_chunk=90, balance=not exchange_first)
     torch.manual_seed(100 + rank)
-    report = step.accumulate(rank_batch(*part[:3]))
+    report = step.accumulate(rank_batch(*pairs[:3]))
     return float(report.loss), gradients(encoder, loss)
 
 
@@ -95,23 +96,23 @@ def documents_change_places():
     plain = balance._read
 
     def read(*arguments):
-        part = plain(*arguments)
-        backwards = np.arange(part.documents.num_texts)[::-1]
-        return part._replace(documents=part.documents.take(backwards))
+        pairs = plain(*arguments)
+        backwards = np.arange(pairs.documents.num_texts)[::-1]
+        return pairs._replace(documents=pairs.documents.take(backwards))
 
     balance._read = read
 
 
 def givers_keep_what_they_gave():
     """A pair that has moved is embedded on both ranks."""
-    plain = gradcache.even_out
+    plain = gradcache.exchange_pairs
 
-    def even_out(part, collectives):
-        new = plain(part, collectives)
-        lost = part.queries.num_texts > new.queries.num_texts
-        return Part.concatenate([new, part.take(np.array([0]))]) if lost else new
+    def exchange(pairs, collectives):
+        new = plain(pairs, collectives)
+        lost = pairs.queries.num_texts > new.queries.num_texts
+        return Pairs.concatenate([new, pairs.take(np.array([0]))]) if lost else new
 
-    gradcache.even_out = even_out
+    gradcache.exchange_pairs = exchange
 
 
 def ids_stay_behind():

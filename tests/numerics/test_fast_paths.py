@@ -6,9 +6,7 @@ vanish with them.
 """
 
 from contextlib import contextmanager, nullcontext
-from functools import partial
 
-import largebatch.step.keep as keep_module
 import pytest
 import torch
 from all_pairs import by_first
@@ -17,7 +15,6 @@ from numerics.on_strategies import TOLERANCES
 from numerics.reference import relative_error, tiny_encoder
 from numerics.uneven import (
     CASES,
-    COMPILED_KEEPS,
     KEEPS,
     Found,
     Paths,
@@ -28,13 +25,13 @@ from numerics.uneven import (
 import largebatch.model.encoder as encoder_module
 import largebatch.objectives.contrastive as objective_module
 import largebatch.parallel.deepspeed as deepspeed_module
-import largebatch.step.gradcache as gradcache_module
 import largebatch.step.passes as passes_module
 from largebatch.batch import Run
 from largebatch.model import attention
 from largebatch.parallel import fsdp
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.deepspeed_build import prepare
+from largebatch.step.dropout import RandomState
 
 MEAN = "longer, symmetric, mean"
 CLS_DROPOUT = "longer, one way, cls, dropout"
@@ -47,7 +44,7 @@ PATHS = by_first(TOLERANCES, CASES, KEEPS, ("padded", "packed"))
 COMPILED_PATHS = [
     pytest.param(
         name,
-        [(case, keep, "compiled") for keep in COMPILED_KEEPS],
+        [(case, keep, "compiled") for keep in KEEPS],
         id=f"{name}-{case}",
         marks=()
         if place % len(CASES) == number and name not in ("zero0", "zero1")
@@ -57,7 +54,7 @@ COMPILED_PATHS = [
     for number, case in enumerate(CASES)
 ]
 SENDING_EARLY = ("ddp", "zero0", "zero1", "zero2")
-UNITS = {"none": (4, 4), "layers": (3.5, 4), "products": (3, 3.1), "all": (3, 3), "auto": (3, 4)}
+UNITS = {"none": (4, 4), "all": (3, 3), "auto": (3, 4)}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -103,7 +100,7 @@ def assert_taken(one: Paths, ranks: list[Found]) -> None:
     lowest, highest = UNITS[one.keep]
     units = [rank.units for rank in ranks if rank.num_chunks]
     assert all(lowest <= number <= highest for number in units), one
-    if one.how != "compiled" and one.keep in ("layers", "auto"):
+    if one.how != "compiled" and one.keep == "auto":
         assert any(lowest < number < highest for number in units), one
 
 
@@ -134,28 +131,18 @@ def replay_without_its_random_state():
     def not_replayed(_):
         yield
 
-    keep_module.RandomState.replayed = not_replayed
+    RandomState.replayed = not_replayed
 
 
-def recompute_without_its_random_state():
-    """Chunks that kept a part draw other dropout masks for the rest."""
-    keep_module.checkpoint = partial(keep_module.checkpoint, preserve_rng_state=False)
+def kept_graphs_are_pushed_again():
+    """What kept its graph is embedded again all the same, and counts twice."""
+    plain = passes_module.Passes._push
 
+    def push(self, passes, *arguments):
+        kept = [one._replace(embeddings_nd=None) for one in passes if one.kept_tokens]
+        plain(self, [*passes, *kept], *arguments)
 
-def kept_products_are_a_neighbours():
-    """What is computed again takes the last output that was kept, wherever it fits."""
-    plain = keep_module._Reuse.__torch_dispatch__
-
-    def dispatch(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.addmm.default and self.kept[0].func is func:
-            shape = self.kept[0].outputs.shape
-            for place, kept in enumerate(self.kept):
-                if place and kept.func is func and kept.outputs.shape == shape:
-                    self.kept[0], self.kept[place] = self.kept[place], self.kept[0]
-                    break
-        return plain(self, func, types, args, kwargs)
-
-    keep_module._Reuse.__torch_dispatch__ = dispatch
+    passes_module.Passes._push = push
 
 
 def packed_texts_see_each_other():
@@ -198,9 +185,9 @@ def last_layer_at_another_token():
     """What is pooled is the token before the right one, or behind it."""
     plain = encoder_module.pooled_tokens
 
-    def tokens(pooling, chunk):
-        step = 1 if pooling == "cls" else -1
-        return (plain(pooling, chunk) + step).clamp(0, chunk.input_ids.numel() - 1)
+    def tokens(token, chunk):
+        step = 1 if token == "first" else -1
+        return (plain(token, chunk) + step).clamp(0, chunk.input_ids.numel() - 1)
 
     encoder_module.pooled_tokens = tokens
 
@@ -208,15 +195,15 @@ def last_layer_at_another_token():
 def last_layer_pools_the_text_before():
     """Each text gets the pooled token of its neighbour in the chunk."""
     plain = encoder_module.pooled_tokens
-    encoder_module.pooled_tokens = lambda pooling, chunk: plain(pooling, chunk).roll(1)
+    encoder_module.pooled_tokens = lambda token, chunk: plain(token, chunk).roll(1)
 
 
 def fillers_have_a_gradient():
     """Chunks that only make counts equal push something into the weights."""
     plain = passes_module._gradient_of
 
-    def gradient(one, gradients_ud):
-        found = plain(one, gradients_ud)
+    def gradient(one, *arguments):
+        found = plain(one, *arguments)
         return found if len(one.rows_n) else torch.ones_like(found)
 
     passes_module._gradient_of = gradient
@@ -224,16 +211,21 @@ def fillers_have_a_gradient():
 
 def duplicates_count_once():
     """A text that occurs several times gets the gradient of its first occurrence only."""
-    plain = objective_module.ContrastiveObjective.__call__
+    gather_rows = Collectives.gather_rows
+    evaluate = objective_module.ContrastiveLoss.evaluate
 
-    def call(self, *sides, **options):
-        rows = torch.cat(sides)
+    def first_only(rows):
         same = (rows[:, None] == rows).all(2)
-        is_first = ~same.tril(-1).any(1, keepdim=True)
-        first_only = torch.where(is_first, rows, rows.detach())
-        return plain(self, *first_only.split([len(side) for side in sides]), **options)
+        return torch.where(~same.tril(-1).any(1, keepdim=True), rows, rows.detach())
 
-    objective_module.ContrastiveObjective.__call__ = call
+    def gather(self, own, *arguments, **options):
+        return gather_rows(self, first_only(own), *arguments, **options)
+
+    def evaluate_first(self, batch):
+        return evaluate(self, batch._replace(queries_bd=first_only(batch.queries_bd)))
+
+    Collectives.gather_rows = gather
+    objective_module.ContrastiveLoss.evaluate = evaluate_first
 
 
 def rows_stay_in_the_order_of_chunks():
@@ -254,26 +246,26 @@ def duplicates_on_other_ranks_are_negatives():
     """A rank knows its own texts only."""
     plain = objective_module.FalseNegatives
 
-    def of_own(of_ranks, *, rank, device):
+    def of_own(of_ranks, *, rank, **options):
         strangers = [
             hashes._make(None if part is None else part + number + 1 for part in hashes)
             if number != rank
             else hashes
             for number, hashes in enumerate(of_ranks)
         ]
-        return plain(strangers, rank=rank, device=device)
+        return plain(strangers, rank=rank, **options)
 
     objective_module.FalseNegatives = of_own
 
 
 def records_are_not_known():
     """False negatives are found by their texts, not by their records."""
-    plain = gradcache_module.GradCache.report
+    plain = objective_module.ContrastiveLoss.knowledge
 
-    def report(self, *sides, ids=None, **options):
-        return plain(self, *sides, **options)
+    def knowledge(self, pairs):
+        return plain(self, pairs._replace(id_hashes=None))
 
-    gradcache_module.GradCache.report = report
+    objective_module.ContrastiveLoss.knowledge = knowledge
 
 
 def columns_of_this_rank_only():
@@ -296,8 +288,8 @@ def last_pass_is_not_announced():
     """The strategy waits for a last backward pass that never comes."""
     plain = fsdp.FullyShardedModel._backward
 
-    def backward(self, embeddings, gradients, *, last):
-        plain(self, embeddings, gradients, last=False)
+    def backward(self, outputs, gradients, *, last):
+        plain(self, outputs, gradients, last=False)
 
     fsdp.FullyShardedModel._backward = backward
 
@@ -306,9 +298,9 @@ def last_chunk_only():
     """What DeepSpeed's stages 1 and 2 hold after a plain backward pass per chunk."""
     plain = deepspeed_module.DeepSpeedModel._backward
 
-    def backward(self, embeddings, gradients, *, last):
+    def backward(self, outputs, gradients, *, last):
         if last:
-            plain(self, embeddings[-1:], gradients[-1:], last=last)
+            plain(self, outputs[-1:], gradients[-1:], last=last)
 
     deepspeed_module.DeepSpeedModel._backward = backward
 
@@ -316,14 +308,12 @@ def last_chunk_only():
 MISTAKES = [
     (replay_without_its_random_state, "ddp", (CLS_DROPOUT, "none", "padded")),
     (replay_without_its_random_state, "fsdp", (LAST_DROPOUT, "auto", "packed")),
-    (recompute_without_its_random_state, "ddp", (LAST_DROPOUT, "products", "packed")),
-    (recompute_without_its_random_state, "fsdp", (CLS_DROPOUT, "layers", "padded")),
-    (kept_products_are_a_neighbours, "ddp", (MEAN, "products", "packed")),
+    (kept_graphs_are_pushed_again, "ddp", (MEAN, "auto", "packed")),
     (packed_texts_see_each_other, "fsdp", (MEAN, "all", "packed")),
     (packed_positions_go_on, "ddp", (LAST, "none", "packed")),
     (padding_is_attended_to, "fsdp", (MEAN, "none", "padded")),
-    (last_layer_at_another_token, "ddp", (LAST, "layers", "padded")),
-    (last_layer_at_another_token, "ddp", (CLS_DROPOUT, "layers", "packed")),
+    (last_layer_at_another_token, "ddp", (LAST, "all", "padded")),
+    (last_layer_at_another_token, "ddp", (CLS_DROPOUT, "auto", "packed")),
     (last_layer_pools_the_text_before, "ddp", (LAST, "none", "packed")),
     (fillers_have_a_gradient, "fsdp", (MEAN, "all", "packed")),
     (fillers_have_a_gradient, "zero3", (LAST_DROPOUT, "none", "padded")),

@@ -54,10 +54,8 @@ def check(step):
     [
         ("none", "mean"),
         ("none", "last, packed"),
-        ("layers", "cls"),
-        ("layers", "mean, packed"),
-        ("products", "weighted"),
-        ("products", "cls, packed"),
+        ("none", "cls, packed"),
+        ("all", "weighted"),
         ("all", "cls"),
         ("all", "mean, packed"),
     ],

@@ -38,7 +38,7 @@ def waits(events):
 
 
 @pytest.mark.parametrize("packing", ["off", "on"])
-@pytest.mark.parametrize("keep", ["none", "layers", "all"])
+@pytest.mark.parametrize("keep", ["none", "all"])
 def test_a_step_does_not_wait(keep, packing):
     events = events_of_a_step({"keep": keep, "packing": packing})
     assert len(events) > 100

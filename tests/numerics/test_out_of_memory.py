@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from dist import run_ranks
-from largebatch.step.keep import embed_keeping
 from numerics.reference import (
     DOCUMENTS,
     NUM_PAIRS,
@@ -33,15 +32,17 @@ from numerics.tiny_run import (
     write_data,
 )
 
-import largebatch.step.passes
 from largebatch.config import OptimConfig
 from largebatch.errors import UserError
+from largebatch.parallel import ddp
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import ReplicatedModel
 from largebatch.step.gradcache import GradCache
-from largebatch.step.passes import push
+from largebatch.step.passes import Passes
 from largebatch.train import trainer
 from largebatch.world import part_of_rank
+
+KEEPING = [{"keep": "auto", "keep_gib": 1}, {"keep": "all", "keep_gib": 1}, {"keep": "all"}]
 
 
 @contextmanager
@@ -65,13 +66,40 @@ def seen_passes(monkeypatch):
     """Note the passes that are pushed into the weights, with kept ones cut off their graphs."""
     seen = []
 
-    def note(passes, *arguments):
-        seen[:] = [one.forgotten() for one in passes]
-        push(passes, *arguments)
+    plain = Passes._push
+
+    def note(self, passes, *arguments):
+        seen[:] = [one._replace(embeddings_nd=None) for one in passes]
+        plain(self, passes, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(largebatch.step.passes, "push", note)
+        patch.setattr(Passes, "_push", note)
         yield seen
+
+
+def before_first_passes(check):
+    """Return an `_embed_one` whose forward pass runs out of memory where `check` says so.
+
+    It gets the chunk and whether its graph is kept.
+    """
+    plain = Passes._embed_one
+
+    def embed_one(self, planned, *arguments, keeps_graph):
+        forward = self._forward
+
+        def checked(chunk):
+            embeddings = forward(chunk)  # draws its dropout masks, and then fails
+            if check(chunk, keeps_graph):
+                raise torch.OutOfMemoryError
+            return embeddings
+
+        self._forward = checked
+        try:
+            return plain(self, planned, *arguments, keeps_graph=keeps_graph)
+        finally:
+            del self._forward
+
+    return embed_one
 
 
 def one_graph(encoder, loss, passes):
@@ -100,7 +128,7 @@ def test_the_first_pass_goes_on_with_smaller_chunks(monkeypatch, caplog, dropout
     with memory_for(encoder, first_pass=70), seen_passes(monkeypatch) as passes:
         step(QUERIES, DOCUMENTS)
     found = gradients(encoder, loss)
-    assert step.tokens_per_chunk == 64
+    assert step.memory.tokens_per_chunk == 64
     assert caplog.text.count("going on with tokens_per_chunk=") == 2
     rows = torch.cat([one.rows_n for one in passes])
     assert sorted(rows.tolist()) == list(range(2 * NUM_PAIRS))
@@ -115,14 +143,12 @@ def test_chunks_that_were_embedded_are_not_embedded_again(monkeypatch):
     step = GradCache(encoder, loss, tokens_per_chunk=64)
     num_calls = 0
 
-    def embed(forward, chunk, level):
+    def third(*_):
         nonlocal num_calls
         num_calls += 1
-        if num_calls == 3:
-            raise torch.OutOfMemoryError
-        return embed_keeping(forward, chunk, level)
+        return num_calls == 3
 
-    monkeypatch.setattr(largebatch.step.passes, "embed_keeping", embed)
+    monkeypatch.setattr(Passes, "_embed_one", before_first_passes(third))
     with seen_passes(monkeypatch) as passes:
         step(QUERIES, DOCUMENTS)
     found = gradients(encoder, loss)
@@ -131,39 +157,59 @@ def test_chunks_that_were_embedded_are_not_embedded_again(monkeypatch):
     assert relative_error(found, one_graph(encoder, loss, passes)) < 1e-9
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"keep": "auto", "keep_gib": 1}, {"keep": "layers"}, {"keep": "products"}, {"keep": "all"}],
-    ids=str,
-)
+@pytest.mark.parametrize("options", KEEPING, ids=str)
 def test_less_is_kept(monkeypatch, options):
     encoder, loss = tiny_encoder(dropout=0.3), tiny_loss(symmetric=False)
     torch.manual_seed(1)
     step = GradCache(encoder, loss, tokens_per_chunk=40, **options)
-    size = {"none": 0.0, "layers": 0.1, "products": 0.4, "all": 1.0}
-    most = 3 * size["all" if options["keep"] == "auto" else options["keep"]]
-    held = 0.0
+    num_graphs = 0
 
-    def embed(forward, chunk, level):
-        nonlocal held
-        held += size[level]
-        if held > most:
-            held = 0.0
-            raise torch.OutOfMemoryError
-        return embed_keeping(forward, chunk, level)
+    def fourth_graph(_, keeps_graph):
+        nonlocal num_graphs
+        num_graphs += keeps_graph
+        if num_graphs < 4:
+            return False
+        num_graphs = 0
+        return True
 
-    monkeypatch.setattr(largebatch.step.passes, "embed_keeping", embed)
+    monkeypatch.setattr(Passes, "_embed_one", before_first_passes(fourth_graph))
     with seen_passes(monkeypatch) as passes:
         first = step.accumulate(rank_batch(QUERIES, DOCUMENTS))
     assert first.work.units == 4
     assert relative_error(gradients(encoder, loss), one_graph(encoder, loss, passes)) < 1e-9
-    assert step.tokens_per_chunk == 40
+    assert step.memory.tokens_per_chunk == 40
     # The next step keeps what fits.
     with seen_passes(monkeypatch) as passes:
-        held = 0.0
+        num_graphs = 0
         second = step.accumulate(rank_batch(QUERIES, DOCUMENTS))
     assert relative_error(gradients(encoder, loss), one_graph(encoder, loss, passes)) < 1e-9
-    assert second.work.units == 4 if options["keep"] == "all" else 3 < second.work.units < 4
+    if "keep_gib" in options:
+        assert 3 < second.work.units < 4
+    else:
+        assert second.work.units == 4
+
+
+@pytest.mark.parametrize("options", KEEPING, ids=str)
+def test_less_is_kept_where_the_backward_pass_is_too_much(monkeypatch, options):
+    """The graphs fit, and what their common backward pass takes does not."""
+    plain = ddp.backward
+
+    def backward(outputs, gradients, *, last):
+        plain(outputs, gradients, last=last)
+        if len(outputs) > 3:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(ddp, "backward", backward)
+    encoder, loss = tiny_encoder(dropout=0.3), tiny_loss(symmetric=False)
+    step = GradCache(encoder, loss, tokens_per_chunk=40, **options)
+    with seen_passes(monkeypatch) as passes:
+        units = step.accumulate(rank_batch(QUERIES, DOCUMENTS)).work.units
+    assert relative_error(gradients(encoder, loss), one_graph(encoder, loss, passes)) < 1e-9
+    assert step.memory.tokens_per_chunk == 40
+    if "keep_gib" in options:
+        assert 3 < units < 4
+    else:
+        assert units == 4
 
 
 def on_rank(dropout, as_strategy):
@@ -181,7 +227,7 @@ def on_rank(dropout, as_strategy):
     rows = part_of_rank(NUM_PAIRS, rank, size)
     with memory_for(encoder, replay=40 if rank == 1 else 10**6):
         step([QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows])
-    return gradients(encoder, loss), step.tokens_per_chunk
+    return gradients(encoder, loss), step.memory.tokens_per_chunk
 
 
 @pytest.mark.parametrize("as_strategy", [False, True])
@@ -203,7 +249,7 @@ def test_the_replay_on_one_rank(monkeypatch):
     step = GradCache(encoder, loss, tokens_per_chunk=128)
     with memory_for(encoder, replay=40), seen_passes(monkeypatch) as passes:
         step(QUERIES, DOCUMENTS)
-    assert step.tokens_per_chunk == 32
+    assert step.memory.tokens_per_chunk == 32
     assert relative_error(gradients(encoder, loss), one_graph(encoder, loss, passes)) < 1e-9
 
 
@@ -247,13 +293,13 @@ def largest_chunk(config, most_tokens):
     """Train with so much memory for a chunk, and return the largest that there was."""
     sizes = []
 
-    def embed(forward, chunk, level):
-        if chunk.input_ids.numel() > most_tokens:
-            raise torch.OutOfMemoryError
-        sizes.append(chunk.input_ids.numel())
-        return embed_keeping(forward, chunk, level)
+    def too_large(chunk, _):
+        if chunk.num_tokens > most_tokens:
+            return True
+        sizes.append(chunk.num_tokens)
+        return False
 
-    largebatch.step.passes.embed_keeping = embed
+    Passes._embed_one = before_first_passes(too_large)
     trainer.train(config)
     return max(sizes)
 
@@ -277,19 +323,17 @@ def train_short_of_memory(config):
     """Train; rank 1 runs out of memory once, at its second chunk."""
     num_calls = 0
 
-    def embed(forward, chunk, level):
+    def second(*_):
         nonlocal num_calls
         num_calls += 1
-        if num_calls == 2 and os.environ["RANK"] == "1":
-            raise torch.OutOfMemoryError
-        return embed_keeping(forward, chunk, level)
+        return num_calls == 2 and os.environ["RANK"] == "1"
 
-    largebatch.step.passes.embed_keeping = embed
+    Passes._embed_one = before_first_passes(second)
     trainer.train(config)
 
 
 @pytest.mark.parametrize(
-    "options", [{"keep": "none"}, {"keep": "all"}, {"keep": "layers", "keep_gib": 1}], ids=str
+    "options", [{"keep": "none"}, {"keep": "all"}, {"keep": "auto", "keep_gib": 1}], ids=str
 )
 def test_a_resumed_run_goes_on_with_what_each_rank_has_come_to(tmp_path, options):
     """Or else its chunks would draw other masks, or its gradients be added up in another order."""

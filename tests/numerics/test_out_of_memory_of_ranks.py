@@ -5,7 +5,6 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from dist import run_ranks
-from largebatch.step.keep import LEVELS
 from numerics.on_strategies import config_of
 from numerics.reference import (
     DOCUMENTS,
@@ -26,13 +25,13 @@ from largebatch.objectives.contrastive import ContrastiveLoss
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.deepspeed_build import prepare
 from largebatch.parallel.make import make_strategy
-from largebatch.step import chunk_size, passes
+from largebatch.step import chunk_size
 from largebatch.step.gradcache import GradCache
 from largebatch.train import step as train_step_module
 from largebatch.world import part_of_rank
 
 CPU = torch.device("cpu")
-MEASURED = [{"keep": "auto", "keep_gib": 1}, {"keep": "layers"}, {"keep": "products"}]
+MEASURED = [{"keep": "auto", "keep_gib": 1}, {"keep": "all", "keep_gib": 1}]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -74,7 +73,7 @@ def step_on_rank(options, limit, *, name=None, grads_before=False, **limits):
         step(*texts)
     with memory_for(encoder, **(limits or {"first_pass": limit, "replay": limit}) if rank else {}):
         message = told(lambda: float(step(*texts)))
-    return message, step.tokens_per_chunk, gradients(encoder, loss)
+    return message, step.memory.tokens_per_chunk, gradients(encoder, loss)
 
 
 @pytest.mark.parametrize("options", MEASURED, ids=str)
@@ -94,22 +93,6 @@ def test_where_one_text_is_too_much_all_ranks_say_so(options):
         assert "a step ran out of memory" in line
 
 
-def test_levels_that_none_has_room_for_are_measured_on_smaller_chunks(monkeypatch):
-    """The graph fits, and its backward pass does not."""
-    sizes = []
-
-    def seconds(_, chunk, __):
-        sizes.append(chunk.num_tokens)
-        return dict.fromkeys(LEVELS, float("inf") if chunk.num_tokens > 40 else 1.0)
-
-    monkeypatch.setattr(passes, "time_levels", seconds)
-    encoder, loss = tiny_encoder(), tiny_loss(symmetric=False)
-    step = GradCache(encoder, loss, tokens_per_chunk=128, keep="auto", keep_gib=1)
-    step(QUERIES, DOCUMENTS)
-    assert step.tokens_per_chunk == 32
-    assert sizes[-1] <= 40 < sizes[0]
-
-
 @pytest.mark.parametrize("name", ["zero0", "zero2"])
 def test_what_cannot_be_done_again_ends_on_all_ranks(name):
     for line, *_ in run_ranks(
@@ -126,7 +109,7 @@ def test_a_gradient_from_before_ends_it_on_all_ranks():
 
 
 @pytest.mark.parametrize("name", ["fsdp", "zero3"])
-@pytest.mark.parametrize("options", MEASURED[1:], ids=str)
+@pytest.mark.parametrize("options", [{"keep": "none"}, *MEASURED[:1], {"keep": "all"}], ids=str)
 def test_sharded_weights_end_with_a_line(name, options):
     with pytest.raises(UserError, match=r"a step ran out of memory .* use tokens_per_chunk=64"):
         run_ranks(lambda: raised(step_on_rank(options, 40, name=name)[0]), 2)
@@ -157,7 +140,11 @@ def test_the_optimizer_ends_with_a_line(monkeypatch):
     parts.strategy.clip_gradients = clip_gradients
     with pytest.raises(UserError, match=r"the optimizer ran out of memory.*strategy=fsdp"):
         train_step_module.train_step(
-            parts.batch, grad_cache=parts.cache, strategy=parts.strategy, config=parts.config
+            parts.batch,
+            engine=parts.step,
+            objective=parts.objective,
+            strategy=parts.strategy,
+            config=parts.config,
         )
 
 

@@ -58,7 +58,7 @@ def step(model_type, pooling, packing, keep, world_size):
     return gradients(encoder, loss), report.work.num_padded_tokens, report.work.num_encoded_tokens
 
 
-@pytest.mark.parametrize("keep", ["none", "products"])
+@pytest.mark.parametrize("keep", ["none", "all"])
 @pytest.mark.parametrize(
     ("model_type", "pooling"), [("roberta", "cls"), ("modernbert", "mean"), ("qwen3", "last")]
 )

@@ -94,9 +94,10 @@ def lose_temperature():
     plain = trainer.load_weights
 
     def load(folder, step, state):
-        before = state.loss.temperature.log_scale.detach().clone()
+        temperature = state.modules["objective"].temperature
+        before = temperature.log_scale.detach().clone()
         plain(folder, step, state)
-        state.loss.temperature.log_scale.data.copy_(before)
+        temperature.log_scale.data.copy_(before)
 
     trainer.load_weights = load
 

@@ -65,11 +65,9 @@ CASES = {
 
 KEEPS: dict[str, dict[str, Any]] = {
     "none": {"keep": "none"},
-    "layers": {"keep": "layers"},
-    "products": {"keep": "products"},
     "all": {"keep": "all"},
-    # Some chunks keep more, some less, some nothing.
-    "auto": {"keep": "auto", "keep_gib": 1.5e-4},
+    # Some chunks keep their graph, some do not. In float32 both graphs and this are half as large.
+    "auto": {"keep": "auto", "keep_gib": 5.9e-4},
 }
 
 
@@ -80,10 +78,6 @@ class Paths(NamedTuple):
     keep: str
     how: str
     """padded, packed or compiled."""
-
-
-# Compiled layers keep all or nothing. auto chooses among these.
-COMPILED_KEEPS = ("none", "all", "auto")
 
 
 class Found(NamedTuple):
@@ -246,6 +240,7 @@ def gradients_on_rank(name: str, paths: Iterable[Paths]) -> dict[Paths, Found]:
     found = {}
     for key, group in itertools.groupby(paths, key=lambda one: one._replace(keep="")):
         encoder, strategy, parts = model_on_rank(name, CASES[key.case], key.how)
+        share = encoder.dtype.itemsize / torch.float64.itemsize
         for one in group:
             try:
                 step = GradCache(
@@ -256,6 +251,8 @@ def gradients_on_rank(name: str, paths: Iterable[Paths]) -> dict[Paths, Found]:
                     **KEEPS[one.keep],
                     balance=False,
                 )
+                if step.memory.keep_gib is not None:
+                    step.memory.keep_gib *= share
                 torch.manual_seed(100 + strategy.collectives.world.rank)
                 report = step.accumulate(rank_batch(*parts[:3], ids=parts[3]))
                 found[one] = Found(

@@ -72,8 +72,7 @@ def test_padding_and_units_are_paid_for_and_not_useful():
     encoder = tiny_encoder(pooling="mean")
     encoder.packing = "off"
     forward = count_forward(encoder)
-    batch = RankBatch(0, ["a", "b"], texts(4, 4), texts(5, 11, 9)[:2], texts(), 0)
-    batch = batch._replace(documents=Texts.from_lists([[7] * 5, [8] * 11]))
+    batch = RankBatch(texts(4, 4), Texts.from_lists([[7] * 5, [8] * 11]), texts())
     step = count_step(encoder, forward, batch, 1000, columns=6)
     d = encoder.embedding_width
     lengths = np.array([4, 4, 5, 11])
@@ -88,6 +87,6 @@ def test_a_text_that_occurs_twice_is_useful_once():
     forward = count_forward(encoder)
     queries = Texts.from_lists([[7, 8, 9], [7, 8, 9]])
     documents = Texts.from_lists([[4] * 5, [5] * 6])
-    batch = RankBatch(0, ["a", "b"], queries, documents, texts(), 0)
+    batch = RankBatch(queries, documents, texts())
     step = count_step(encoder, forward, batch, 1000, columns=2)
     assert step.num_tokens == 3 + 5 + 6

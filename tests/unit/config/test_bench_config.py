@@ -10,8 +10,8 @@ DATA = DataConfig(sources={"mine": SourceConfig(urls=["shards"])})
 
 
 def test_an_empty_sweep_is_the_runs_own_case():
-    config = BenchConfig(data=DATA, global_batch=64, tokens_per_chunk=100, keep="layers")
-    assert config.cases() == [Case(64, 100, "layers", "ddp")]
+    config = BenchConfig(data=DATA, global_batch=64, tokens_per_chunk=100, keep="all")
+    assert config.cases() == [Case(64, 100, "all", "ddp")]
 
 
 def test_deepspeed_is_named_by_its_stage():
@@ -55,7 +55,7 @@ def test_without_sources_texts_are_made_up():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"keeps": ["much"]}, "keep='much' is not one of auto, none"),
+        ({"keeps": ["much"]}, "keep='much' is not one of none, all, auto"),
         ({"strategies": ["zero4"]}, "strategies='zero4' is not one of ddp, fsdp"),
         ({"batches": [1]}, "batches=1 must be at least 2"),
         ({"batches": [3], "hardware": HardwareConfig(ranks=4)}, "smaller than hardware.ranks, 4"),

@@ -8,6 +8,7 @@ import torch
 from dist import run_ranks
 
 from largebatch.batch import Texts
+from largebatch.config import LossOptions
 from largebatch.data.holes import rows_by_step
 from largebatch.data.source import Source
 from largebatch.data.stream import Stream, TextPhase, sample_texts
@@ -277,7 +278,7 @@ def test_each_source_has_its_prompts_negatives_and_direction(tmp_path, tokenizer
     sources = two_sources(
         tmp_path,
         one={"query_prompt": "w1 w2 ", "document_prompt": "w3 ", "max_negatives": 1},
-        two={"symmetric": True},
+        two={"loss": LossOptions(symmetric=True)},
     )
     seen = set()
     for batch in stream(sources, tokenizer).batches(0, 6):
@@ -288,7 +289,8 @@ def test_each_source_has_its_prompts_negatives_and_direction(tmp_path, tokenizer
         assert batch.negatives.num_texts == GLOBAL_BATCH * (1 if name == "one" else 3)
         negative = tokenizer("w3 a" if name == "one" else "a")["input_ids"]
         assert lists(batch.negatives)[0] == negative
-        assert batch.symmetric is (None if name == "one" else True)
+        assert batch.negative_counts.tolist() == [1 if name == "one" else 3] * GLOBAL_BATCH
+        assert batch.loss_options == LossOptions(symmetric=None if name == "one" else True)
     assert seen == {"one", "two"}
 
 

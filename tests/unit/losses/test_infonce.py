@@ -6,9 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from largebatch.errors import UserError
-from largebatch.losses.temperature import Temperature
-from largebatch.objectives.contrastive import ContrastiveLoss, info_nce
+from largebatch.losses.infonce import OwnNegatives, info_nce
 from largebatch.world import part_of_rank
 
 TILES = [1, 3, 7, 64]
@@ -193,26 +191,66 @@ def test_correct_is_whether_no_document_scores_above_the_own():
     assert not found.correct.requires_grad
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_module_gives_the_mean_and_the_gradient_of_the_temperature(symmetric):
-    queries, documents, _, _ = inputs(5, 8)
-    loss = ContrastiveLoss(Temperature(0.4, learned=True), symmetric=symmetric).double()
-    value = loss(queries, documents)
-    value.backward()
-    log_scale = loss.temperature.log_scale.detach().clone().requires_grad_()
-    expected = plain(queries, documents, torch.arange(5), log_scale.exp(), symmetric=symmetric) / 5
-    expected.backward()
-    torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(loss.temperature.log_scale.grad, log_scale.grad)
-    assert abs(float(log_scale.grad)) > 1e-3
-
-
-def test_too_few_documents():
-    with pytest.raises(UserError, match="5 queries need a document each, got 4"):
-        ContrastiveLoss()(torch.zeros(5, 2), torch.zeros(4, 2))
-
-
 def test_what_is_not_finite_shows_in_the_loss():
     queries, documents, positives, scale = inputs(5, 8)
     documents[7, 0] = torch.nan
     assert info_nce(queries, documents, positives, scale, tile=3).loss_sum.isnan()
+
+
+OWN = ([0, 0, 2, 6, 6, 6], [0, 1, 0, 0, 1, 2])
+"""The row of each own negative, and how many of its row come before it."""
+
+
+def plain_with_own(queries, documents, positives, scale, embeddings, masked, *, symmetric):
+    """Return the sum over rows, each of which has columns of its own."""
+    value = plain(queries, documents, positives, scale, symmetric=symmetric)
+    for row, positive in enumerate(positives.tolist()):
+        logits = scale * documents @ queries[row]
+        mine = [n for n, owner in enumerate(OWN[0]) if owner == row and not masked[n]]
+        further = scale * embeddings[mine] @ queries[row]
+        weight = 0.5 if symmetric else 1
+        more = torch.cat([logits, further]).logsumexp(0) - logits.logsumexp(0)
+        assert 0 <= positive < len(documents)
+        value = value + weight * more
+    return value
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("masked", [None, [False, True, True, False, False, True]])
+@pytest.mark.parametrize("tile", [3, 64])
+def test_own_negatives_are_columns_of_their_row_only(tile, masked, symmetric):
+    queries, documents, positives, scale = inputs(7, 12)
+    generator = torch.Generator().manual_seed(1)
+    embeddings = torch.randn(len(OWN[0]), 5, generator=generator, dtype=torch.float64)
+    owners, places = map(torch.tensor, OWN)
+    mask = None if masked is None else torch.tensor(masked)
+
+    def tiled(q, d, s, e):
+        own = OwnNegatives(e, owners, places, 3, mask)
+        return info_nce(q, d, positives, s, symmetric=symmetric, own_negatives=own, tile=tile)
+
+    found, expected = [], []
+    for results, function in (
+        (found, lambda *leaves: tiled(*leaves).loss_sum),
+        (
+            expected,
+            lambda q, d, s, e: plain_with_own(
+                q, d, positives, s, e, masked or [False] * 6, symmetric=symmetric
+            ),
+        ),
+    ):
+        leaves = [t.clone().requires_grad_() for t in (queries, documents, scale, embeddings)]
+        value = function(*leaves)
+        (3 * value).backward()
+        results += [value.detach(), *(leaf.grad for leaf in leaves)]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    result = tiled(queries, documents, scale, embeddings)
+    torch.testing.assert_close(result.totals[0], expected[0])
+    assert result.totals[2] == (0 if masked is None else 3)
+    scores = queries @ documents.T
+    best = scores.amax(1)
+    for n, owner in enumerate(OWN[0]):
+        if masked is None or not masked[n]:
+            best[owner] = torch.maximum(best[owner], queries[owner] @ embeddings[n])
+    own = scores[torch.arange(7), positives]
+    assert result.correct.tolist() == (own >= best).tolist()

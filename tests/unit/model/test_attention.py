@@ -16,6 +16,7 @@ from largebatch.model import attention
 from largebatch.model.attention import ATTENTION_NAME, PACKABLE, packed_attention, why_not_packable
 from largebatch.model.chunks import pack_chunks, plan_chunks
 from largebatch.model.encoder import Encoder
+from largebatch.model.pooling import pooling_class
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LENGTHS = {"query_max_tokens": 40, "document_max_tokens": 40}
@@ -72,7 +73,7 @@ def test_special_tokens_in_texts_are_packed_as_they_are_padded(model_type):
     texts = [[7, token, 9, token, token, 11] for token in special]
     texts += [[encoder.pad_id], [7, encoder.pad_id], [encoder.pad_id, 7], [8] * 20]
     for pooling in ("cls", "mean", "last", "weighted_mean"):
-        encoder.pooling = pooling
+        encoder.pooling = pooling_class(pooling)(encoder.pooling.hidden_width)
         padded, _ = embed(encoder, Texts.from_lists(texts), "off")
         packed, _ = embed(encoder, Texts.from_lists(texts), "on")
         alone = [embed(encoder, Texts.from_lists([text]), "on")[0] for text in texts]
@@ -89,7 +90,7 @@ def test_every_packable_architecture_is_tested():
 def test_packed_equals_padded(model_type, side):
     encoder = make_encoder(model_type, side=side)
     for pooling in ("cls", "mean", "last", "weighted_mean"):
-        encoder.pooling = pooling
+        encoder.pooling = pooling_class(pooling)(encoder.pooling.hidden_width)
         padded, chunks = embed(encoder, TEXTS, "off")
         assert all(chunk.packing is None for chunk in chunks)
         packed, chunks = embed(encoder, TEXTS, "on")
@@ -127,7 +128,7 @@ def test_a_text_without_any_token():
     encoder = make_encoder("llama")
     texts = Texts.from_lists([[], [7, 8, 9], [], [6]])
     for pooling in ("cls", "mean", "last", "weighted_mean"):
-        encoder.pooling = pooling
+        encoder.pooling = pooling_class(pooling)(encoder.pooling.hidden_width)
         padded, _ = embed(encoder, texts, "off")
         packed, _ = embed(encoder, texts, "on")
         assert packed.isfinite().all()

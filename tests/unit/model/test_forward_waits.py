@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from largebatch.step.keep import embed_keeping
 from numerics.reference import WORDS, random_texts
 from torch.profiler import ProfilerActivity, profile
 
@@ -61,10 +60,10 @@ def chunk_of(encoder, form):
     return chunk
 
 
-def waits(encoder, chunk, level="all"):
+def waits(encoder, chunk):
     """Return how often operations that wait occur in a pass forth and back."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
-        embeddings = embed_keeping(encoder, chunk, level)
+        embeddings = encoder(chunk)
         embeddings.backward(torch.ones_like(embeddings))
     events = {event.key: event.count for event in found.key_averages()}
     assert events["aten::embedding"] > 0  # what runs is seen
@@ -83,12 +82,6 @@ def test_nothing_waits(model_type, form):
 def test_no_pooling_waits(pooling, form):
     encoder = make_encoder("bert", pooling=pooling, packing="on" if form == "packed" else "off")
     assert waits(encoder, chunk_of(encoder, form)) == {}
-
-
-@pytest.mark.parametrize("level", ["layers", "products"])
-def test_no_level_waits(level):
-    encoder = make_encoder("bert", packing="off")
-    assert waits(encoder, chunk_of(encoder, "padded"), level) == {}
 
 
 def test_checkpointed_layers_do_not_wait():

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from largebatch.config import POOLINGS
-from largebatch.model.pooling import POOLING
+from largebatch.errors import UserError
+from largebatch.model.pooling import Pooling, pooling_class
 
 LENGTHS = [1, 3, 6, 2]
 L, H = 6, 5
@@ -32,14 +33,18 @@ def test_equals_a_loop_over_texts(mode, side):
         hidden[row, place] = text
         mask[row, place] = 1
     expected = torch.stack([one_text(mode, text) for text in texts])
-    torch.testing.assert_close(POOLING[mode](hidden, mask), expected)
+    torch.testing.assert_close(pooling_class(mode)(H)(hidden, mask), expected)
 
 
 def test_poolings_are_those_of_the_config():
-    assert set(POOLING) == set(POOLINGS)
+    for name in POOLINGS:
+        assert issubclass(pooling_class(name), Pooling)
+        assert pooling_class(name).name == name
+    with pytest.raises(UserError, match=r"pooling='maen' is not one of .*did you mean 'mean'"):
+        pooling_class("maen")
 
 
 @pytest.mark.parametrize("mode", POOLINGS)
 def test_a_text_without_tokens_is_zero(mode):
-    found = POOLING[mode](torch.ones(1, 3, 2), torch.zeros(1, 3, dtype=torch.int64))
+    found = pooling_class(mode)(2)(torch.ones(1, 3, 2), torch.zeros(1, 3, dtype=torch.int64))
     assert found.tolist() == [[0, 0]]

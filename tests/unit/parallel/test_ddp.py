@@ -125,7 +125,9 @@ def test_clips_by_the_norm_over_encoder_and_temperature(max_norm):
 def test_frozen_parameters_are_left_out():
     model = torch.nn.Linear(2, 2)
     model.bias.requires_grad_(False)
-    strategy = ReplicatedModel(model, ContrastiveLoss(), OptimConfig(), Collectives())
+    strategy = ReplicatedModel(
+        {"encoder": model, "objective": ContrastiveLoss()}, OptimConfig(), Collectives()
+    )
     assert strategy.num_parameters == 4
     with strategy.gradient_pass() as backward:
         backward([model(torch.ones(1, 2))], [torch.ones(1, 2)], last=True)
@@ -137,7 +139,9 @@ def test_frozen_parameters_are_left_out():
 
 def test_what_no_backward_pass_reached_counts_as_zeros_on_one_rank_too():
     model = torch.nn.Linear(2, 2)
-    strategy = ReplicatedModel(model, ContrastiveLoss(), OptimConfig(), Collectives())
+    strategy = ReplicatedModel(
+        {"encoder": model, "objective": ContrastiveLoss()}, OptimConfig(), Collectives()
+    )
     with strategy.gradient_pass():
         model.weight.grad = torch.ones(2, 2)
     assert model.weight.grad.tolist() == [[1, 1], [1, 1]]

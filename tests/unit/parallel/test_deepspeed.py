@@ -62,7 +62,8 @@ def test_wrong_strategies():
 def make(stage, config):
     encoder, loss = (module(dtype=torch.float32) for module in (tiny_encoder, _loss))
     strategy = StrategyConfig(name="deepspeed", zero_stage=stage, config=config)
-    return DeepSpeedModel(encoder, loss, OptimConfig(), Collectives(), CPU, strategy)
+    modules = {"encoder": encoder, "objective": loss}
+    return DeepSpeedModel(modules, OptimConfig(), Collectives(), CPU, strategy)
 
 
 def _loss(dtype):

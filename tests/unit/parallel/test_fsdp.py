@@ -40,7 +40,7 @@ def shares():
         {"encoder": encoder, "objective": loss}, OptimConfig(), Collectives()
     )
     mine = sum(p.to_local().numel() for p in encoder.parameters())
-    units = sum(isinstance(module, FSDPModule) for module in encoder.modules())
+    units = sum(isinstance(module, FSDPModule) for module in strategy._root.modules())
     with strategy.whole() as copy:
         name, weight = next(iter(copy.named_parameters()))
         return mine / whole, units, name, weight.detach()

@@ -8,7 +8,7 @@ from numerics.reference import random_texts
 from largebatch.batch import Texts
 from largebatch.parallel.collectives import Collectives
 from largebatch.step import balance
-from largebatch.step.balance import WORTHWHILE, Part, even_out, new_owners
+from largebatch.step.balance import WORTHWHILE, Pairs, exchange_pairs, new_owners
 
 
 def sums(tokens, owners):
@@ -71,48 +71,69 @@ SIZES = {"even": ([6, 6, 6], [2, 2, 2]), "uneven": ([11, 1, 0], [0, 3, 0])}
 LONGEST = (30, 4, 12)
 
 
-def part_of(rank, layout, *, with_ids=True):
+def pairs_of(rank, layout, *, with_ids=True, with_counts=False):
     pairs, negatives = (numbers[rank] for numbers in SIZES[layout])
+    if with_counts:  # of a rank without a pair no negative can be anyone's own
+        negatives = pairs
     queries, documents, others = (
         Texts.from_lists(random_texts(number, longest=LONGEST[rank], seed=10 * rank + side))
         for side, number in enumerate((pairs, pairs, negatives))
     )
-    return Part(
-        queries, documents, others, np.arange(pairs) + 100 * rank - 2**62 if with_ids else None
-    )
+    counts = None
+    if with_counts:
+        owners = np.arange(negatives) % 3 % max(pairs, 1)
+        counts = np.bincount(owners, minlength=pairs)
+    ids = np.arange(pairs) + 100 * rank - 2**62 if with_ids else None
+    return Pairs(queries, documents, others, counts, ids)
 
 
-def listed(part):
-    """Return pairs with their ids, and negatives, as what can be compared and sorted."""
+def listed(pairs):
+    """Return pairs with their ids and own negatives, and nobody's negatives, to be compared."""
     sides = [
         [tuple(text) for text in np.split(side.tokens, np.cumsum(side.lengths)[:-1])]
         if side.num_texts
         else []
-        for side in part[:3]
+        for side in pairs[:3]
     ]
-    ids = [None] * len(sides[0]) if part.id_hashes is None else part.id_hashes.tolist()
-    return list(zip(sides[0], sides[1], ids, strict=True)), sides[2]
+    ids = [None] * len(sides[0]) if pairs.id_hashes is None else pairs.id_hashes.tolist()
+    own = [()] * len(sides[0])
+    if pairs.negative_counts is not None:
+        bounds = np.cumsum(pairs.negative_counts)
+        assert (bounds[-1] if len(bounds) else 0) == len(sides[2])
+        own = [
+            tuple(sides[2][end - count : end])
+            for end, count in zip(bounds, pairs.negative_counts, strict=True)
+        ]
+        sides[2] = []
+    return list(zip(sides[0], sides[1], ids, own, strict=True)), sides[2]
 
 
-def exchange(layout, with_ids):
+def exchange(layout, knowledge):
     collectives = Collectives()
-    part = even_out(part_of(collectives.world.rank, layout, with_ids=with_ids), collectives)
-    return listed(part), int(part.tokens.sum()), part.queries.tokens.dtype
+    pairs = exchange_pairs(pairs_of(collectives.world.rank, layout, **knowledge), collectives)
+    return listed(pairs), int(pairs.tokens.sum()), pairs.queries.tokens.dtype
 
 
 @pytest.mark.parametrize("layout", SIZES)
 @pytest.mark.parametrize("with_ids", [True, False])
-def test_every_pair_and_negative_arrives_once_and_whole(layout, with_ids):
-    found = run_ranks(exchange, 3, layout, with_ids)
-    given = [listed(part_of(rank, layout, with_ids=with_ids)) for rank in range(3)]
+@pytest.mark.parametrize("with_counts", [True, False])
+def test_every_pair_and_negative_arrives_once_and_whole(layout, with_ids, with_counts):
+    knowledge = {"with_ids": with_ids, "with_counts": with_counts}
+    found = run_ranks(exchange, 3, layout, knowledge)
+    given = [listed(pairs_of(rank, layout, **knowledge)) for rank in range(3)]
     for side in range(2):
         before = [one for parts in given for one in parts[side]]
         after = [one for parts, *_ in found for one in parts[side]]
-        assert len(before) >= 3
+        assert len(before) >= 3 or (with_counts and side == 1)
         assert sorted(before, key=str) == sorted(after, key=str)
     tokens = [number for _, number, _ in found]
-    assert max(tokens) < 1.1 * sum(tokens) / 3
+    mean = sum(tokens) / 3
+    # A pair goes with all that is its own, so these loads are fewer and larger.
+    assert max(tokens) < (1.2 if with_counts else 1.1) * mean
+    assert pairs_of(0, layout, **knowledge).tokens.sum() > 1.4 * mean
     assert [dtype for *_, dtype in found] == [np.int32] * 3
+    if with_counts:
+        assert {0} < {len(own) for pairs, _ in given for *_, own in pairs} != {0, 1}
     # They really moved.
     assert [parts for parts, *_ in found] != given
 
@@ -127,9 +148,9 @@ def count(even):
         return plain(self, values, **options)
 
     Collectives.gather_ragged = counted
-    part = part_of(0 if even else collectives.world.rank, "uneven")
-    result = even_out(part, collectives)
-    return len(calls), result is part
+    pairs = pairs_of(0 if even else collectives.world.rank, "uneven")
+    result = exchange_pairs(pairs, collectives)
+    return len(calls), result is pairs
 
 
 def test_even_parts_are_told_of_and_left():
@@ -139,15 +160,17 @@ def test_even_parts_are_told_of_and_left():
 
 def test_one_rank_is_told_nothing(monkeypatch):
     monkeypatch.setattr(balance, "new_owners", None)
-    part = part_of(0, "even")
-    assert even_out(part, Collectives()) is part
+    pairs = pairs_of(0, "even")
+    assert exchange_pairs(pairs, Collectives()) is pairs
 
 
-def different_knowledge():
+def different_knowledge(what):
     collectives = Collectives()
-    even_out(part_of(0, "even", with_ids=collectives.world.rank == 0), collectives)
+    knowledge = {what: collectives.world.rank == 0}
+    exchange_pairs(pairs_of(0, "even", **knowledge), collectives)
 
 
-def test_ranks_must_know_alike():
+@pytest.mark.parametrize("what", ["with_ids", "with_counts"])
+def test_ranks_must_know_alike(what):
     with pytest.raises(AssertionError, match="ranks know different things"):
-        run_ranks(different_knowledge, 2)
+        run_ranks(different_knowledge, 2, what)

@@ -134,7 +134,7 @@ def test_names_do_not_depend_on_order_and_nothing_is_a_pickle(tmp_path):
         "random.safetensors",
         "state.json",
     }
-    assert "exp_avg.loss.temperature.log_scale" in load_file(folder / "optimizer.safetensors")
+    assert "exp_avg.objective.temperature.log_scale" in load_file(folder / "optimizer.safetensors")
     assert "encoder.out.bias" in load_file(folder / "weights.safetensors")
 
 
@@ -289,14 +289,14 @@ def test_another_format(tmp_path):
 
 # What a checkpoint may lack, have too much of, or have wrongly: file, tensor, its other value.
 WEIGHT, MOMENT = "encoder.embed.weight", "exp_avg.encoder.embed.weight"
-STEP, TEMPERATURE = "step.encoder.embed.weight", "loss.temperature.log_scale"
+STEP, TEMPERATURE = "step.encoder.embed.weight", "objective.temperature.log_scale"
 FAULTS = {
     "first moment missing": ("optimizer", MOMENT, None, f"{MOMENT} is missing"),
     "second moment missing": (
         "optimizer",
-        "exp_avg_sq.loss.temperature.log_scale",
+        "exp_avg_sq.objective.temperature.log_scale",
         None,
-        "exp_avg_sq.loss.temperature.log_scale is missing",
+        "exp_avg_sq.objective.temperature.log_scale is missing",
     ),
     "step count missing": ("optimizer", STEP, None, f"{STEP} is missing"),
     "moment too many": ("optimizer", "exp_avg.encoder.gone", torch.zeros(2), "gone is unknown"),
@@ -351,14 +351,14 @@ def test_a_fault_is_told_with_file_and_tensor_and_nothing_is_loaded(tmp_path, fa
     ("content", "told"),
     [
         ("[]", "holds no JSON object"),
-        ('{"format": 2}', "step is missing or wrong"),
-        ('{"format": 2, "step": 1, "world_size": 1, "config": {}}', "best is missing or wrong"),
+        ('{"format": 3}', "step is missing or wrong"),
+        ('{"format": 3, "step": 1, "world_size": 1, "config": {}}', "best is missing or wrong"),
         (
-            '{"format": 2, "step": 4, "world_size": 1, "config": {}, "best": null}',
+            '{"format": 3, "step": 4, "world_size": 1, "config": {}, "best": null}',
             "is of step 4, not of 1 as its folder says",
         ),
         (
-            '{"format": 2, "step": 1, "world_size": 1, "config": {}, "best": {"at": 1}}',
+            '{"format": 3, "step": 1, "world_size": 1, "config": {}, "best": {"at": 1}}',
             "best is wrong",
         ),
     ],

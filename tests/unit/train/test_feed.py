@@ -10,7 +10,14 @@ from dist import run_ranks
 from numerics.reference import tiny_encoder
 from numerics.tiny_run import STEPS, STOP, tiny_config, train_on_ranks, write_data
 
-from largebatch.config import CurriculumConfig, DataConfig, EvalConfig, LoggerConfig, SourceConfig
+from largebatch.config import (
+    CurriculumConfig,
+    DataConfig,
+    EvalConfig,
+    LoggerConfig,
+    LossOptions,
+    SourceConfig,
+)
 from largebatch.data.holes import read_holes
 from largebatch.errors import UserError
 from largebatch.shards.records import Record
@@ -194,7 +201,9 @@ def test_of_a_source_that_weighs_nothing_nothing_is_read(tmp_path, batches):
         tmp_path / "run",
         sources={
             "good": replace(write_source(tmp_path / "data" / "good", "good"), weight=1.0),
-            "away": SourceConfig(urls=[str(tmp_path / "away")], symmetric=True, weight=0.0),
+            "away": SourceConfig(
+                urls=[str(tmp_path / "away")], loss=LossOptions(symmetric=True), weight=0.0
+            ),
         },
         batches=batches,
         on_fault="fail",

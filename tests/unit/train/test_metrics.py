@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from dist import run_ranks
-from numerics.reference import random_texts, tiny_encoder, tiny_loss
+from numerics.reference import random_texts, rank_batch, tiny_encoder, tiny_loss
 
-from largebatch.batch import RankBatch, Texts
 from largebatch.config import (
     DataConfig,
     HardwareConfig,
@@ -20,8 +19,9 @@ from largebatch.config import (
 from largebatch.errors import UserError
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.ddp import ReplicatedModel
-from largebatch.step.gradcache import GradCache, StepReport
-from largebatch.train.build import build_loss
+from largebatch.step.gradcache import GradCache
+from largebatch.step.objective import SourceNote, StepReport, Work
+from largebatch.train.build import build_objective
 from largebatch.train.checkpoint import checkpoint_path
 from largebatch.train.metrics import StepMeter
 from largebatch.train.step import StepResult, train_step
@@ -58,19 +58,21 @@ class Parts:
         world = self.collectives.world
         rows = part_of_rank(7, world.rank, world.size)
         sides = [random_texts(7, longest=9, seed=2 * number + side) for side in range(2)]
-        queries, documents = (Texts.from_lists([side[row] for row in rows]) for side in sides)
-        batch = RankBatch(
-            number,
-            [str(row) for row in rows],
+        queries, documents = ([side[row] for row in rows] for side in sides)
+        batch = rank_batch(
             queries,
             documents,
-            Texts.from_lists([]),
-            len(rows),
+            step=number,
+            num_truncated=len(rows),
             num_holes=len(rows),
         )
+        return self.take(batch)
+
+    def take(self, batch):
         result = train_step(
             batch,
-            grad_cache=self.grad_cache,
+            engine=self.grad_cache,
+            objective=self.loss,
             strategy=self.strategy,
             config=CONFIG,
         )
@@ -176,16 +178,11 @@ def told_of(folder, *, step=3, finite=True, **options):
     """Return what is told of an infinite loss after a step: the cause, the cure."""
     config = replace(CONFIG, output_dir=str(folder), **options)
     meter = StepMeter(CPU, Collectives(), config, 0.0)
-    infinite, no_texts = torch.tensor(torch.inf), Texts.from_lists([])
-    zero = torch.tensor(0.0)
-    report = StepReport(
-        infinite, torch.tensor(1.0), zero, zero, torch.tensor(finite), 0, 0, 0, 0, 4.0
-    )
-    batch = RankBatch(step, [], no_texts, no_texts, no_texts, 0, num_holes=0)
-    meter.add(batch, StepResult(report, torch.tensor(1.0), 0.1))
+    report = StepReport(torch.tensor(torch.inf), {}, torch.tensor(finite), Work(0, 0, 0, 0, 4.0))
+    meter.add(rank_batch([], [], step=step), StepResult(report, torch.tensor(1.0), 0.1))
     parts = Parts()
     with pytest.raises(UserError, match="is not finite") as caught:
-        meter.read(step, parts.strategy, build_loss(config))
+        meter.read(step, parts.strategy, build_objective(config))
     return str(caught.value).partition("); ")[2]
 
 
@@ -221,16 +218,18 @@ def masked_steps(*documents_of_steps):
     for number, documents in enumerate(documents_of_steps):
         queries = random_texts(4, longest=9, seed=number)
         rows = part_of_rank(4, rank, parts.collectives.world.size)
-        sides = (
-            Texts.from_lists([[side[row]] if side is documents else side[row] for row in rows])
-            for side in (queries, documents)
+        parts.take(
+            rank_batch(
+                [queries[row] for row in rows], [[documents[row]] for row in rows], step=number
+            )
         )
-        batch = RankBatch(number, [""] * len(rows), *sides, Texts.from_lists([]), 0)
-        result = train_step(
-            batch, grad_cache=parts.grad_cache, strategy=parts.strategy, config=CONFIG
-        )
-        parts.meter.add(batch, result)
-    return parts.read(len(documents_of_steps))["train/masked_share"], parts.meter.masked
+    share = parts.read(len(documents_of_steps))["train/masked_share"]
+    told = [
+        (step, metrics["masked_share"], metrics["without_negatives"])
+        for step, metrics in parts.meter.of_steps.items()
+        if parts.loss.warning(metrics, [SourceNote("mine", False)])
+    ]
+    return share, told[0] if told else None
 
 
 def test_a_batch_that_has_lost_its_negatives_is_told():
