@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from largebatch.train.names import is_of_objective
 
-def header_line(max_steps: int) -> str:
-    """Return the names over the columns of `step_line`."""
-    cells = [column.title.rjust(column.width) for column in _COLUMNS]
+
+def header_line(max_steps: int, values: Mapping[str, float]) -> str:
+    """Return the names over the columns of `step_line` for such values."""
+    cells = [column.title.rjust(column.width) for column in _columns(values)]
     return "  ".join(["step".rjust(_step_width(max_steps)), *cells])
 
 
@@ -14,7 +16,7 @@ def step_line(step: int, max_steps: int, values: Mapping[str, float]) -> str:
     """Return one step's `train/...` values in columns; a value that is absent shows as `-`."""
     cells = [
         (column.text(values[column.name]) if column.name in values else "-").rjust(column.width)
-        for column in _COLUMNS
+        for column in _columns(values)
     ]
     return "  ".join([f"{step}/{max_steps}".rjust(_step_width(max_steps)), *cells])
 
@@ -82,10 +84,22 @@ def _step_width(max_steps: int) -> int:
     return max(len("step"), 2 * len(str(max_steps)) + 1)
 
 
-_COLUMNS = (
-    _Column("loss", "train/loss", 7, "{:.4f}".format),
+def _columns(values: Mapping[str, float]) -> list[_Column]:
+    """Return the columns for a run's values: two of them are the objective's."""
+    known = [column for column in _OF_CONTRASTIVE if column.name in values]
+    others = [name for name in values if is_of_objective(name)]
+    found = known or [
+        _Column(name.removeprefix("train/")[:8], name, 8, _significant) for name in others[:2]
+    ]
+    return [_LOSS, *found, *_COLUMNS]
+
+
+_LOSS = _Column("loss", "train/loss", 7, "{:.4f}".format)
+_OF_CONTRASTIVE = (
     _Column("acc", "train/accuracy", 6, _percent),
     _Column("temp", "train/temperature", 6, "{:.4f}".format),
+)
+_COLUMNS = (
     _Column("lr", "train/lr", 8, "{:.2e}".format),
     _Column("grad", "train/grad_norm", 8, _significant),
     _Column("pairs/s", "train/pairs_per_s", 7, _large),

@@ -102,7 +102,7 @@ class RunLog:
     def _print(self, step: int, values: Mapping[str, float]) -> None:
         if any(name.startswith("train/") for name in values):
             if self._num_lines % _LINES_PER_HEADER == 0:
-                self._console.print(header_line(self._max_steps), style="bold")
+                self._console.print(header_line(self._max_steps, values), style="bold")
             self._num_lines += 1
             self._console.print(step_line(step, self._max_steps, values))
         for line in evaluation_lines(step, self._max_steps, values):

@@ -15,6 +15,7 @@ from largebatch.parallel.strategy import Strategy
 from largebatch.step.objective import Objective
 from largebatch.train.checkpoint import list_checkpoints
 from largebatch.train.memory import peak_memory_gib
+from largebatch.train.names import LOOP_METRICS
 from largebatch.train.step import StepResult
 
 
@@ -134,7 +135,7 @@ class StepMeter:
             "train/param_norm": param_norm,
             "train/pairs_per_s": num_steps * self._config.global_batch / duration_s,
             "train/tokens_per_s": tokens / duration_s,
-            "train/units": sum(report.work.units for report in reports) / num_steps,
+            "train/forwards": sum(report.work.units for report in reports) / num_steps,
             "train/padding_share": 1 - encoded / max(padded, 1),
             "train/imbalance": most_padded * self._collectives.world.size / max(padded, 1) - 1,
             "train/truncated_share": truncated / max(texts, 1),
@@ -144,6 +145,7 @@ class StepMeter:
             "train/eta_s": (self._config.max_steps - step) * duration_s / num_steps,
             "train/elapsed_s": self.elapsed_s,
         }
+        assert values.keys() - LOOP_METRICS == {f"train/{name}" for name in metrics}
         self._start()
         return values
 

@@ -1,6 +1,7 @@
 """Plots of a run, drawn from its `metrics.jsonl`."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from largebatch.plot_style import (
     write_labels,
 )
 from largebatch.train.loggers import METRICS_FILE, read_metrics
+from largebatch.train.names import is_of_objective
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,9 +55,14 @@ def draw_plots(folder: Path) -> list[Path]:
     run = _read_run(folder / METRICS_FILE)
     title = folder.resolve().name
     with mpl.rc_context(STYLE):
+        single = _SINGLE | {
+            name.removeprefix("train/"): (partial(_of_objective, name), name)
+            for name in run
+            if is_of_objective(name) and name not in {metric for _, metric in _SINGLE.values()}
+        }
         figures = {
             name: _figure(run, title, [painter])
-            for name, (painter, metric) in _SINGLE.items()
+            for name, (painter, metric) in single.items()
             if metric in run
         }
         if rates := [painter for painter, metric in _THROUGHPUT if metric in run]:
@@ -117,7 +124,7 @@ def _figure(
 
 def _loss(ax: "Axes", run: Run) -> None:
     draw_noisy_curve(ax, run["train/loss"], BLUE)
-    ax.set_ylabel("contrastive loss (nats)")
+    ax.set_ylabel("loss")
 
 
 def _accuracy(ax: "Axes", run: Run) -> None:
@@ -136,6 +143,12 @@ def _temperature(ax: "Axes", run: Run) -> None:
     ax.yaxis.set_major_formatter(short_number)
     ax.set_ylabel("temperature")
     add_inverse_axis(ax, "logit scale (1 / temperature)")
+
+
+def _of_objective(name: str, ax: "Axes", run: Run) -> None:
+    draw_noisy_curve(ax, run[name], GREEN)
+    ax.yaxis.set_major_formatter(short_number)
+    ax.set_ylabel(name.removeprefix("train/").replace("_", " "))
 
 
 def _learning_rate(ax: "Axes", run: Run) -> None:

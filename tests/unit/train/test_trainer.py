@@ -147,10 +147,10 @@ def test_a_run_from_a_checkpoint_is_as_the_checkpoint_says_unless_told(data, who
     def settings(folder):
         encoder = Encoder.from_pretrained(folder / "model")
         config = yaml.safe_load((folder / "config.yaml").read_text())
-        assert config["pooling"] == {"mode": encoder.pooling, "normalize": encoder.normalize}
+        assert config["pooling"] == {"mode": encoder.pooling.name, "normalize": encoder.normalize}
         for name, value in config["text"].items():
             assert getattr(encoder.text, name) == value
-        return encoder.pooling, encoder.normalize, encoder.text.query_max_tokens
+        return encoder.pooling.name, encoder.normalize, encoder.text.query_max_tokens
 
     longest = Encoder.from_pretrained(checkpoint).text.encode_max_tokens
     parts = {"backbone": BackboneConfig(path=str(checkpoint)), "max_steps": 1}
