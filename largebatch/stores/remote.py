@@ -1,10 +1,10 @@
 """Byte ranges of remote files, over one HTTP client for all stores, with retries.
 
-A synchronous client without threads, for loader workers are forked from a rank that has read
-before: obstore, whose runtime has threads, hangs there. Workers that are started in another way
-would let it in, but cost each start of a run seconds and each rank's memory what a fork shares; and
-most of this file is the faults that it does not mend and the words that it does not have. The
-figures are in `benchmarks/results/remote_reads.md`.
+A synchronous client without threads: loader workers are forked from a rank that has read before,
+and obstore, whose runtime has threads, then hangs in both. Workers started by forkserver would let
+it in, for seconds of processor time and 50 to 120 MiB a rank; but no signal ends its reads, it
+keeps no Retry-After, finds no bucket's region, and tells its errors in prose only, so that half of
+this would stay. The figures, and how to get them: `benchmarks/results/remote_reads.md`.
 """
 
 import functools
@@ -119,19 +119,21 @@ def _body(
     """Read the bytes of a good answer, if they are the ones that were asked for."""
     num_bytes = _promised(response, start, end)
     most = sys.maxsize if num_bytes is None else num_bytes
-    data = bytearray()
+    pieces: list[bytes] = []
+    received = 0
     try:
-        while len(data) < most and (piece := response.read1(min(_PIECE_BYTES, most - len(data)))):
-            data += piece
-            if len(data) < most and time.monotonic() > deadline:
-                raise _PassingError(f"only {len(data):,} bytes came in time")
+        while received < most and (piece := response.read1(min(_PIECE_BYTES, most - received))):
+            pieces.append(piece)
+            received += len(piece)
+            if received < most and time.monotonic() > deadline:
+                raise _PassingError(f"only {received:,} bytes came in time")
     except ReadTimeoutError:
-        raise _PassingError(f"only {len(data):,} bytes came in time") from None
+        raise _PassingError(f"only {received:,} bytes came in time") from None
     except ProtocolError:
-        raise _PassingError(f"the answer broke off after {len(data):,} bytes") from None
-    if num_bytes is not None and len(data) < num_bytes:
-        raise _PassingError(f"the answer broke off after {len(data):,} bytes")
-    return bytes(data)
+        raise _PassingError(f"the answer broke off after {received:,} bytes") from None
+    if num_bytes is not None and received < num_bytes:
+        raise _PassingError(f"the answer broke off after {received:,} bytes")
+    return b"".join(pieces)
 
 
 def _promised(response: urllib3.BaseHTTPResponse, start: int, end: int | None) -> int | None:
@@ -230,11 +232,12 @@ _REDIRECTS_ONLY = urllib3.Retry(
 
 def _client(target: str) -> urllib3.PoolManager:
     parts = urlsplit(target)
-    return _manager(None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme))
+    return _client_for(parts.scheme, parts.netloc)
 
 
 @functools.cache
-def _manager(proxy: str | None) -> urllib3.PoolManager:
+def _client_for(scheme: str, host: str) -> urllib3.PoolManager:
+    proxy = None if proxy_bypass(host) else getproxies().get(scheme)
     # `maxsize` connections to a host are kept; further threads open their own for a read.
     if proxy is None:
         return urllib3.PoolManager(maxsize=32)
@@ -242,4 +245,4 @@ def _manager(proxy: str | None) -> urllib3.PoolManager:
 
 
 # Parent and child must not talk over the same connection.
-os.register_at_fork(after_in_child=_manager.cache_clear)
+os.register_at_fork(after_in_child=_client_for.cache_clear)

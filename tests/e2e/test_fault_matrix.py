@@ -529,7 +529,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(index_module, "MAX_SEGMENT_RECORDS", SEGMENT_RECORDS)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    remote._manager.cache_clear()
+    remote._client_for.cache_clear()
     read_once, body = remote._read_once, remote._body
 
     def patient(url, *span, timeout_s):
@@ -544,7 +544,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(remote, "_read_once", patient)
     monkeypatch.setattr(remote, "_body", impatient)
     yield
-    remote._manager.cache_clear()
+    remote._client_for.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def forget():
     stores._s3_client.cache_clear()
     stores._gs_credentials.cache_clear()
     stores._regions.clear()
-    remote._manager.cache_clear()
+    remote._client_for.cache_clear()
 
 
 @pytest.fixture
