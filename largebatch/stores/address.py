@@ -73,10 +73,8 @@ def _address_s3(url: str, bucket: str, key: str) -> tuple[str, Headers]:
         if credentials is None:
             return target, {}
         request = AWSRequest("GET", target)
-        signer = S3SigV4Auth(
-            credentials.get_frozen_credentials(), "s3", _signing_region(client.meta.region_name)
-        )
-        signer.add_auth(request)
+        frozen = credentials.get_frozen_credentials()
+        S3SigV4Auth(frozen, "s3", client.meta.region_name).add_auth(request)
     except (BotoCoreError, ValueError) as error:
         raise UserError(f"{url} cannot be asked for: {error}; check your AWS settings") from None
     return target, dict(request.headers.items())
@@ -89,12 +87,9 @@ def _s3_client(region: str | None) -> tuple[Any, Any]:
     from botocore.config import Config
 
     session = botocore.session.Session()
+    region = region or session.get_config_variable("region") or "us-east-1"
     client = session.create_client("s3", region, config=Config(signature_version=UNSIGNED))
     return client, session.get_credentials()
-
-
-def _signing_region(name: str | None) -> str:
-    return "us-east-1" if name is None or name == "aws-global" else name
 
 
 def _address_gs(url: str, bucket: str, key: str) -> tuple[str, Headers]:
@@ -167,10 +162,6 @@ def _missing_package(url: str, package: str) -> UserError:
     )
 
 
-def _forget_clients() -> None:
-    _s3_client.cache_clear()
-    _gs_credentials.cache_clear()
-
-
 # Their locks may be held by a thread of the parent, which a forked child doesn't have.
-os.register_at_fork(after_in_child=_forget_clients)
+os.register_at_fork(after_in_child=_s3_client.cache_clear)
+os.register_at_fork(after_in_child=_gs_credentials.cache_clear)

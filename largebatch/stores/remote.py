@@ -1,14 +1,17 @@
 """Byte ranges of remote files, over one HTTP client for all stores, with retries.
 
-A synchronous client without threads: loader workers are forked, and what runs its own threads or
-event loop (obstore's runtime, for one) hangs in a forked child. `benchmarks/remote_reads.py`
-compares it with fsspec and obstore.
+A synchronous client without threads: loader workers are forked from a rank that has read before,
+and obstore, whose runtime has threads, then hangs in both. Workers started by forkserver would let
+it in, for seconds of processor time and 50 to 120 MiB a rank; but no signal ends its reads, it
+keeps no Retry-After, finds no bucket's region, and tells its errors in prose only, so that half of
+this would stay. The figures, and how to get them: `benchmarks/results/remote_reads.md`.
 """
 
 import functools
 import os
 import random
 import re
+import sys
 import time
 from http import HTTPStatus
 from urllib.parse import urlsplit
@@ -18,6 +21,7 @@ import urllib3
 from urllib3.exceptions import (
     ConnectTimeoutError,
     HTTPError,
+    InvalidHeader,
     LocationValueError,
     MaxRetryError,
     NameResolutionError,
@@ -84,8 +88,7 @@ def _read_once(url: str, start: int, end: int | None, *, timeout_s: float) -> by
     target, headers = address(url)
     # Ranges count the bytes as stored, so they must not be compressed on the way.
     headers["Accept-Encoding"] = "identity"
-    is_range = start > 0 or end is not None
-    if is_range:
+    if start > 0 or end is not None:
         headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
     try:
         response = _client(target).request(
@@ -102,7 +105,7 @@ def _read_once(url: str, start: int, end: int | None, *, timeout_s: float) -> by
                 return b""
             if response.status not in (200, 206):
                 _raise_for_status(url, response)
-            return _body(response, start, end, is_range=is_range, deadline=deadline)
+            return _body(response, start, end, deadline=deadline)
         finally:
             # Does nothing to a connection whose answer was read to its end.
             response.close()
@@ -111,47 +114,36 @@ def _read_once(url: str, start: int, end: int | None, *, timeout_s: float) -> by
 
 
 def _body(
-    response: urllib3.BaseHTTPResponse,
-    start: int,
-    end: int | None,
-    *,
-    is_range: bool,
-    deadline: float,
+    response: urllib3.BaseHTTPResponse, start: int, end: int | None, *, deadline: float
 ) -> bytes:
     """Read the bytes of a good answer, if they are the ones that were asked for."""
-    length = response.headers.get("Content-Length", "")
-    num_bytes = int(length) if length.isdecimal() else None
-    if is_range:
-        num_bytes = _promised(response, start, end, num_bytes)
+    num_bytes = _promised(response, start, end)
+    most = sys.maxsize if num_bytes is None else num_bytes
     pieces: list[bytes] = []
-    missing = num_bytes
+    received = 0
     try:
-        while missing != 0:
-            piece = response.read1(_PIECE_BYTES if missing is None else min(_PIECE_BYTES, missing))
-            if not piece:
-                break
+        while received < most and (piece := response.read1(min(_PIECE_BYTES, most - received))):
             pieces.append(piece)
-            if missing is not None:
-                missing -= len(piece)
-            if missing != 0 and time.monotonic() > deadline:
-                raise _PassingError(f"only {_total(pieces):,} bytes came in time")
+            received += len(piece)
+            if received < most and time.monotonic() > deadline:
+                raise _PassingError(f"only {received:,} bytes came in time")
     except ReadTimeoutError:
-        raise _PassingError(f"only {_total(pieces):,} bytes came in time") from None
+        raise _PassingError(f"only {received:,} bytes came in time") from None
     except ProtocolError:
-        raise _PassingError(f"the answer broke off after {_total(pieces):,} bytes") from None
-    if missing:
-        raise _PassingError(f"the answer broke off after {_total(pieces):,} bytes")
+        raise _PassingError(f"the answer broke off after {received:,} bytes") from None
+    if num_bytes is not None and received < num_bytes:
+        raise _PassingError(f"the answer broke off after {received:,} bytes")
     return b"".join(pieces)
 
 
-def _total(pieces: list[bytes]) -> int:
-    return sum(map(len, pieces))
+def _promised(response: urllib3.BaseHTTPResponse, start: int, end: int | None) -> int | None:
+    """Return how many bytes a good answer is going to have, if it says so.
 
-
-def _promised(
-    response: urllib3.BaseHTTPResponse, start: int, end: int | None, length: int | None
-) -> int:
-    """Return how many bytes of the range the answer is going to have."""
+    Raises _PassingError or _LastingError if they are not those that were asked for.
+    """
+    length = response.length_remaining
+    if start == 0 and end is None:
+        return length
     if response.status == 200:
         if start == 0 and end is not None and length is not None and length <= end:
             return length  # The range is the whole file.
@@ -215,8 +207,10 @@ def _explain(error: Exception, timeout_s: float) -> _PassingError | _LastingErro
 
 
 def _retry_after_s(response: urllib3.BaseHTTPResponse) -> float:
-    header = response.headers.get("Retry-After", "")
-    return float(header) if header.isdecimal() else 0.0
+    try:
+        return _REDIRECTS_ONLY.get_retry_after(response) or 0.0
+    except (InvalidHeader, ValueError, OverflowError):  # The last two are of dates that are none.
+        return 0.0
 
 
 def _pause_s(attempt: int, wanted_s: float, *, most_s: float) -> float:
@@ -232,13 +226,7 @@ def _span(url: str, start: int, end: int | None) -> str:
 
 
 _REDIRECTS_ONLY = urllib3.Retry(
-    total=None,
-    connect=0,
-    read=0,
-    status=0,
-    other=0,
-    redirect=5,
-    respect_retry_after_header=False,
+    connect=0, read=0, other=0, redirect=5, respect_retry_after_header=False
 )
 
 
@@ -249,21 +237,12 @@ def _client(target: str) -> urllib3.PoolManager:
 
 @functools.cache
 def _client_for(scheme: str, host: str) -> urllib3.PoolManager:
-    return _manager(None if proxy_bypass(host) else getproxies().get(scheme))
-
-
-@functools.cache
-def _manager(proxy: str | None) -> urllib3.PoolManager:
+    proxy = None if proxy_bypass(host) else getproxies().get(scheme)
     # `maxsize` connections to a host are kept; further threads open their own for a read.
     if proxy is None:
         return urllib3.PoolManager(maxsize=32)
     return urllib3.ProxyManager(proxy, maxsize=32)
 
 
-def _forget_connections() -> None:
-    _client_for.cache_clear()
-    _manager.cache_clear()
-
-
 # Parent and child must not talk over the same connection.
-os.register_at_fork(after_in_child=_forget_connections)
+os.register_at_fork(after_in_child=_client_for.cache_clear)

@@ -529,22 +529,22 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(index_module, "MAX_SEGMENT_RECORDS", SEGMENT_RECORDS)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    remote._forget_connections()
+    remote._client_for.cache_clear()
     read_once, body = remote._read_once, remote._body
 
     def patient(url, *span, timeout_s):
         """Give all servers but the faulty shard's the time that a busy machine takes."""
         return read_once(url, *span, timeout_s=timeout_s if FAULTY in url else 60.0)
 
-    def impatient(response, *span, deadline, **options):
+    def impatient(response, *span, deadline):
         """Take a stalled answer for one that is too slow, without waiting for it."""
         deadline = -1.0 if "X-Stalled" in response.headers else deadline
-        return body(response, *span, deadline=deadline, **options)
+        return body(response, *span, deadline=deadline)
 
     monkeypatch.setattr(remote, "_read_once", patient)
     monkeypatch.setattr(remote, "_body", impatient)
     yield
-    remote._forget_connections()
+    remote._client_for.cache_clear()
 
 
 @pytest.fixture(scope="module")
