@@ -11,7 +11,7 @@ import pytest
 
 from largebatch.cli import app, failures
 from largebatch.cli.failures import RanksFailed
-from largebatch.config import IndexConfig, TrainConfig
+from largebatch.config import ExportConfig, IndexConfig, TrainConfig
 from largebatch.errors import UserError
 
 SOURCE = "data.sources.mine.urls=[shards/]"
@@ -235,6 +235,13 @@ def test_a_sweep_keeps_folders_that_differ_already(trained):
     assert trained[1].output_dir == "mine/temperature.value=0.05"
 
 
+def test_a_sweep_gives_an_export_without_a_folder_one(monkeypatch):
+    configs: list[ExportConfig] = []
+    monkeypatch.setattr("largebatch.commands.export.run", configs.append)
+    assert app.main(["export", "-m", "run=r", "checkpoint=1,2"]) == 0
+    assert [config.output_dir for config in configs] == ["checkpoint=1", "checkpoint=2"]
+
+
 def test_no_job_of_a_sweep_starts_if_one_is_wrong(capsys, trained):
     line = ["train", "-m", SOURCE, "temperature.value=0.02,-1"]
     assert "temperature.value=-1" in error_of(capsys, *line)
@@ -337,8 +344,6 @@ def test_cfg_shows_the_config(capsys):
     assert "output_dir: runs/x\n" in capsys.readouterr().out
     assert app.main(["train", "--cfg", "job", "--package", "pooling"]) == 0
     assert capsys.readouterr().out == "mode: null\nnormalize: null\n"
-    assert app.main(["train", "--cfg", "hydra"]) == 0
-    assert "sweeper" in capsys.readouterr().out
     assert app.main(["train", "quickstart", "--info", "defaults"]) == 0
     assert "experiment/quickstart" in capsys.readouterr().out
     assert app.main(["train", "quickstart", "--info", "all", "name=x"]) == 0
