@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from largebatch.cli.failures import is_rank, report
 from largebatch.cli.flags import Line, parse_line
-from largebatch.cli.launch import launch, prepare_rank
+from largebatch.cli.launch import launch, prepare_machine, prepare_rank
 from largebatch.cli.options import did_you_mean
 from largebatch.cli.table import COMMANDS, Command, actions_of
 from largebatch.config import nearest
@@ -150,20 +150,10 @@ def _own_folder(job: Job, option: str) -> list[str]:
     return own
 
 
-def _build_extension(device: str) -> None:
-    """Build what DeepSpeed compiles, before ranks start and while nothing waits for it."""
-    from largebatch.parallel.deepspeed_build import prepare
-    from largebatch.parallel.process_group import choose_device
-    from largebatch.world import World
-
-    prepare(choose_device(device, World()))
-
-
 def _run_job(command: Command, job: Job, config_dir: Path | None) -> None:
     if command.starts_ranks and job.config.hardware.ranks > 1 and not is_rank():
         own_presets = ["--config-dir", str(config_dir)] if config_dir else []
-        if job.config.strategy.name == "deepspeed":
-            _build_extension(job.config.hardware.device)
+        prepare_machine(job.config.hardware, deepspeed=job.config.strategy.name == "deepspeed")
         launch(
             [sys.executable, "-m", "largebatch", command.name, *job.overrides, *own_presets],
             ranks=job.config.hardware.ranks,

@@ -80,7 +80,9 @@ def parse_override(config_class: type[Any], text: str) -> Override:
 
     A key may hold what the grammar has no place for, such as the name `müller/2024` of a source.
     """
-    prefix, key, equals, value = _take_apart(text)
+    found = re.fullmatch(r"(~|\+{0,2})([^=]*)(=?)(.*)", text, re.DOTALL)
+    assert found is not None
+    prefix, key, equals, value = found.groups()
     if not equals and prefix != "~":
         raise UserError(f"{text!r} is not option=value{_as_option(config_class, text)}")
     if not key:
@@ -106,13 +108,6 @@ def _as_one_value(presets: Presets, override: Override) -> str:
     if takes_text(annotation):
         return f", or put one text in quotes: {as_typed(f'{key}={quoted(value)}')}"
     return ""
-
-
-def _take_apart(text: str) -> tuple[str, str, str, str]:
-    """Return prefix (~, + or ++), key, = and value of an override."""
-    found = re.fullmatch(r"(~|\+{0,2})([^=]*)(=?)(.*)", text, re.DOTALL)
-    assert found is not None
-    return found[1], found[2], found[3], found[4]
 
 
 def _parse(text: str) -> Override | None:
@@ -156,9 +151,9 @@ def check(presets: Presets, overrides: Sequence[str]) -> Checked:
                 raise UserError(f"debug={show_value(value)} must be true or false")
             options.append(override)
         else:
-            choices.pop(override.key_or_group, None)  # given again, it wins over all before
-            if override.value() is not None:
-                choices[override.key_or_group] = choice
+            choices.pop(key, None)  # given again, it wins over all before
+            if value is not None:
+                choices[key] = choice
     return Checked(list(choices.values()), options)
 
 

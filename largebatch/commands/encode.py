@@ -9,7 +9,7 @@ from largebatch.curate.rows import expand, find_inputs, read_rows
 from largebatch.data.tables import KINDS, KNOWN, numbered_lines, split_ending
 from largebatch.errors import UserError
 from largebatch.evaluate.beir import text_of
-from largebatch.files import written_aside
+from largebatch.files import writing, written_aside
 
 if TYPE_CHECKING:
     from largebatch.model.encoder import Encoder
@@ -20,7 +20,7 @@ def run(config: EncodeConfig) -> None:
     import numpy as np
 
     texts = [text for path in config.input for text in read_texts(Path(path), field=config.field)]
-    output = writable(Path(config.output), option="output")
+    output = make_folder_of(Path(config.output))
     if output.suffix not in ("", ".npy"):
         raise UserError(
             f"output={str(output)!r}: the matrix is written as NumPy's .npy; let its name end so"
@@ -99,16 +99,14 @@ def load_encoder(model: str, *, device: str) -> "Encoder":
     return Encoder.from_pretrained(model).to(device).eval()
 
 
-def writable(path: Path, *, option: str) -> Path:
-    """Return `path` once its folder is there, so that hours of work do not end in an error.
+def make_folder_of(output: Path) -> Path:
+    """Return a file to write once its folder is there, so that no hours of work end in an error.
 
     Raises:
-        UserError: `path` is a folder, or its own folder can't be made.
+        UserError: It is a folder, or its own folder can't be made.
     """
-    if path.is_dir():
-        raise UserError(f"{option}={str(path)!r} is a folder; name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option}={str(path)!r}: its folder can't be made ({error})") from error
-    return path
+    if output.is_dir():
+        raise UserError(f"output={str(output)!r} is a folder; name a file")
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    return output
