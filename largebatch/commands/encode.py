@@ -4,12 +4,13 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from largebatch.commands.output import make_folder_of
 from largebatch.config import EncodeConfig
 from largebatch.curate.rows import expand, find_inputs, read_rows
 from largebatch.data.tables import KINDS, KNOWN, numbered_lines, split_ending
 from largebatch.errors import UserError
 from largebatch.evaluate.beir import text_of
-from largebatch.files import writing, written_aside
+from largebatch.files import written_aside
 
 if TYPE_CHECKING:
     from largebatch.model.encoder import Encoder
@@ -97,16 +98,3 @@ def load_encoder(model: str, *, device: str) -> "Encoder":
     from largebatch.model.encoder import Encoder
 
     return Encoder.from_pretrained(model).to(device).eval()
-
-
-def make_folder_of(output: Path) -> Path:
-    """Return a file to write once its folder is there, so that no hours of work end in an error.
-
-    Raises:
-        UserError: It is a folder, or its own folder can't be made.
-    """
-    if output.is_dir():
-        raise UserError(f"output={str(output)!r} is a folder; name a file")
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-    return output

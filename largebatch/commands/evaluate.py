@@ -7,7 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from largebatch.cli.console import make_console, make_table
-from largebatch.commands.encode import load_encoder, make_folder_of
+from largebatch.commands.encode import load_encoder
+from largebatch.commands.output import make_folder_of
 from largebatch.config import EvaluateConfig
 from largebatch.files import write_text
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from largebatch.cli.console import byte_progress
+from largebatch.commands.output import check_replaceable
 from largebatch.config import PairsConfig
 from largebatch.curate.code_pairs import CodePair, extract_all, find_source_files, installed_roots
 from largebatch.curate.split import package_families, split_pairs
@@ -35,11 +36,7 @@ def run(config: PairsConfig) -> None:
     if not config.overwrite and (folder / SUMMARY_NAME).exists():
         _report(folder, _kept_summary(folder, config), "kept")
         return
-    if folder.exists() and not (folder / SUMMARY_NAME).exists() and any(folder.iterdir()):
-        raise UserError(
-            f"output_dir={folder} holds something else (no {SUMMARY_NAME}); choose another folder, "
-            "or empty it"
-        )
+    check_replaceable(folder, SUMMARY_NAME)
     with _made_aside(folder) as aside:
         summary = _write(config, aside)
     _report(folder, summary, "written")

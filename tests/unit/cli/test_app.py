@@ -212,6 +212,18 @@ def test_presets_of_the_users_own_are_found_and_checked(capsys, trained, tmp_pat
     assert "_target_ is refused" in error_of(capsys, "train", "mine", "-cd", "own")
 
 
+def test_a_command_without_presets_takes_those_of_the_user(capsys, monkeypatch, tmp_path):
+    configs: list[IndexConfig] = []
+    monkeypatch.setattr("largebatch.commands.index.run", configs.append)
+    (tmp_path / "own/index").mkdir(parents=True)
+    (tmp_path / "own/index/mine.yaml").write_text("# @package _global_\nworkers: 3\n")
+    assert app.main(["index", "mine", "shards=a", "-cd", "own"]) == 0
+    assert configs == [IndexConfig(shards=["a"], workers=3)]
+    assert "'mine' is not option=value, and index has no presets" in error_of(
+        capsys, "index", "mine"
+    )
+
+
 def test_a_sweep_gives_each_job_its_own_folder(trained):
     line = ["train", "-m", SOURCE, "temperature.value=0.02,0.05", "pooling=cls,mean"]
     assert app.main(line) == 0
