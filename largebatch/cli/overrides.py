@@ -159,7 +159,7 @@ def check(presets: Presets, overrides: Sequence[str]) -> Checked:
 
 def _refuse(override: Override) -> None:
     key = override.key_or_group
-    if re.search(r"\b_target_\b", str(override.input_line)):
+    if "_target_" in key.split("."):  # in a value, it is found in what is composed
         raise UserError(f"{override.input_line!r}: _target_ is refused: a config never names code")
     if key.replace("/", ".").split(".")[0] == "hydra":
         raise UserError(f"{key} would change nothing: jobs do not run inside Hydra; leave it out")

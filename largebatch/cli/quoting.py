@@ -66,9 +66,9 @@ def cure(key: str, value: str, annotation: Any, *, is_read: Callable[[str], bool
 
 def _close(value: str) -> str:
     """Add the bracket that a list or mapping lacks at its end."""
-    if value[:1] in OPENING and value:
-        end = CLOSING[OPENING.index(value[0])]
-        return value.removesuffix(end) + end
+    for opening, closing in ("[]", "{}"):
+        if value.startswith(opening):
+            return value.removesuffix(closing) + closing
     return value
 
 

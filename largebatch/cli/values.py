@@ -54,15 +54,11 @@ class Fitting:
             return value
         if dataclasses.is_dataclass(annotation):
             return self._fit_options(value, annotation, key, present)
-        if origin is dict:
+        if origin is dict or (annotation is Any and isinstance(value, dict)):
             return self._fit_entries(value, annotation, key, present)
         if origin is list:
             return self._fit_elements(value, annotation, key)
-        if annotation is not Any:
-            return self._fit_leaf(value, annotation, key)
-        if self._adds and isinstance(value, dict):
-            return OmegaConf.to_container(OmegaConf.merge(self.open(present, Any, key), value))
-        return value
+        return value if annotation is Any else self._fit_leaf(value, annotation, key)
 
     def open(self, present: Any, annotation: Any, key: str) -> dict[str, Any]:
         """Return what is in a group or mapping that something is set in; of a reference, a copy.
@@ -104,10 +100,10 @@ class Fitting:
         if not isinstance(value, dict):
             raise self._wrong(annotation, value, key)
         entries = self.open(present, annotation, key) if self._adds else {}
+        of_entry = Any if annotation is Any else typing.get_args(annotation)[1]
         cure = f"for an entry of that name, write {key}.NAME=..."
         for name, inner in value.items():
             word = name if isinstance(name, str) else self._as_text(name, key, cure)
-            of_entry = typing.get_args(annotation)[1]
             entries[word] = self.fit(inner, of_entry, f"{key}.{word}", entries.get(word))
         return entries
 

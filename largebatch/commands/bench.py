@@ -68,12 +68,7 @@ def _launched(config: BenchConfig, case: Case, number: int, sweep: "_Sweep") -> 
     trace = _trace_file(config, case)
     content = {
         "config": settings,
-        "plan": [
-            config.warmup,
-            config.steps,
-            config.repeats,
-            None if trace is None else str(trace),
-        ],
+        "plan": [config.warmup, config.steps, config.repeats, trace and str(trace)],
         "work": str(sweep.work),
         "result": str(result),
     }
