@@ -17,7 +17,7 @@ from largebatch.cli.flags import Line, parse_line
 from largebatch.cli.launch import launch, prepare_machine, prepare_rank
 from largebatch.cli.options import did_you_mean
 from largebatch.cli.table import COMMANDS, Command, actions_of
-from largebatch.config import nearest
+from largebatch.config.checks import nearest
 from largebatch.errors import UserError
 
 if TYPE_CHECKING:

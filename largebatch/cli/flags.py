@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from largebatch.cli.options import find_option
-from largebatch.config import nearest
+from largebatch.config.checks import nearest
 from largebatch.errors import UserError
 
 FLAGS = {

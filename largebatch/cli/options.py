@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from largebatch.config import nearest
+from largebatch.config.checks import nearest
 from largebatch.errors import UserError
 
 

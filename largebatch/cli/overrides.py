@@ -20,7 +20,7 @@ from largebatch.cli.options import did_you_mean, find_option, takes_text
 from largebatch.cli.presets import Presets
 from largebatch.cli.quoting import as_typed, cure, quoted
 from largebatch.cli.values import show_value
-from largebatch.config import nearest
+from largebatch.config.checks import nearest
 from largebatch.errors import UserError
 
 

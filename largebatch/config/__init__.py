@@ -5,7 +5,7 @@ Hydra. The string under a field is its documentation, and what `largebatch <comm
 """
 
 from largebatch.config.bench import BENCH_STRATEGIES, BenchConfig
-from largebatch.config.checks import least_of, nearest, suggest
+from largebatch.config.checks import least_of, suggest
 from largebatch.config.data import CurriculumConfig, DataConfig, SourceConfig
 from largebatch.config.model import (
     PACKINGS,
@@ -77,6 +77,5 @@ __all__ = [
     "VerifyConfig",
     "least_of",
     "longer_than",
-    "nearest",
     "suggest",
 ]
