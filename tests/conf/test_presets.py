@@ -5,6 +5,7 @@ After a change that is meant, write the golden files anew and read the differenc
 """
 
 import os
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -87,11 +88,14 @@ def test_a_pretrained_backbone_needs_its_path():
         build(TRAIN.config_class, compose(presets, ["experiment=quickstart_pretrained"]))
 
 
-def test_a_checkout_without_an_installed_package_finds_its_presets(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert (conf_folder() / "train.yaml").is_file()
+def test_presets_are_found_in_an_installed_package_and_beside_that_of_a_checkout(
+    monkeypatch, tmp_path
+):
+    assert conf_folder() == Path(__file__).resolve().parents[2] / "conf"
+    package = tmp_path / "largebatch"
+    shutil.copytree(CONF, package / "conf")
+    monkeypatch.setattr("largebatch.__file__", str(package / "__init__.py"))
+    assert conf_folder() == package / "conf"
     with open_presets(TRAIN) as presets:
-        assert (
-            build(TRAIN.config_class, compose(presets, ["experiment=quickstart"])).name
-            == "quickstart"
-        )
+        config = build(TRAIN.config_class, compose(presets, ["experiment=quickstart"]))
+    assert config.name == "quickstart"
