@@ -83,7 +83,7 @@ def config_of(overrides: Sequence[str]) -> TrainConfig:
     """Return the quickstart's config."""
     with open_presets(COMMANDS["train"]) as presets:
         composed = compose(presets, expand_preset(presets, ["quickstart", *overrides]))
-        config: TrainConfig = build(composed)
+        config: TrainConfig = build(TrainConfig, composed)
     return config
 
 

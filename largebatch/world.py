@@ -1,5 +1,6 @@
 """The shape of a cluster, as numbers only."""
 
+import os
 from typing import NamedTuple
 
 
@@ -26,3 +27,9 @@ def part_of_rank(num_rows: int, rank: int, size: int) -> range:
     [[0], [1, 2], [3, 4]]
     """
     return range(rank * num_rows // size, (rank + 1) * num_rows // size)
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use: fewer than there are, in a container or a job."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from largebatch.cli.failures import is_rank, report
 from largebatch.cli.flags import Line, parse_line
-from largebatch.cli.launch import launch, prepare_rank
-from largebatch.cli.options import nearest
+from largebatch.cli.launch import launch, prepare_machine, prepare_rank
+from largebatch.cli.options import did_you_mean
 from largebatch.cli.table import COMMANDS, Command, actions_of
+from largebatch.config.checks import nearest
 from largebatch.errors import UserError
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from largebatch.cli.presets import Presets
 
 INTERRUPTED = 130
@@ -71,9 +70,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
     elif name in COMMANDS:
         return _run_command(COMMANDS[name], parse_line(rest, COMMANDS[name].config_class))
     else:
-        near = nearest(name, COMMANDS)
-        hint = f"; did you mean {near}?" if near else ""
-        raise UserError(f"{name!r} is not a command{hint} (commands: {', '.join(COMMANDS)})")
+        there = did_you_mean(nearest(name, COMMANDS), COMMANDS, "commands")
+        raise UserError(f"{name!r} is not a command{there}")
     return 0
 
 
@@ -119,62 +117,43 @@ def _run_command(command: Command, line: Line) -> int:
 
 
 def plan_jobs(presets: "Presets", overrides: Sequence[str], *, multirun: bool) -> list[Job]:
-    """Compose and check all jobs of a command line; raise UserError for the first wrong one."""
+    """Compose and check all jobs of a command line; raise UserError for the first wrong one.
+
+    Jobs of a sweep get a folder, and a run a name, of their own, unless their folders differ
+    already because the sweep is over them or over something that they refer to.
+    """
     from largebatch.cli.compose import build, compose
     from largebatch.cli.overrides import expand
 
+    def plan(label: str, texts: list[str]) -> Job:
+        return Job(label, texts, build(presets.command.config_class, compose(presets, texts)))
+
     if multirun and is_rank():
         raise UserError("-m under a launcher would mix up its ranks; use -m with hardware.ranks=N")
-    expanded = expand(presets, overrides, multirun=multirun)
-    labels = [label for _, label in expanded]
-    texts = [list(texts) for texts, _ in expanded]
-    configs = [compose(presets, job) for job in texts]
-    built = [build(config) for config in configs]
-    if len(configs) > 1:
-        own_folders = _own_folders(configs, labels, presets.command.folder_option)
-        texts = [[*job, *own] for job, own in zip(texts, own_folders, strict=True)]
-        built = [build(compose(presets, job)) for job in texts]
-    return [Job(*parts) for parts in zip(labels, texts, built, strict=True)]
+    option = presets.command.folder_option
+    jobs = [plan(label, texts) for texts, label in expand(presets, overrides, multirun=multirun)]
+    # Where a command has no such option, labels stand in, which differ.
+    if option is None or len({getattr(job.config, option, job.label) for job in jobs}) == len(jobs):
+        return jobs
+    return [plan(job.label, [*job.overrides, *_own_folder(job, option)]) for job in jobs]
 
 
-def _own_folders(
-    configs: "Sequence[DictConfig]", labels: Sequence[str], option: str | None
-) -> list[list[str]]:
-    """Return overrides that give each job of a sweep a folder (and a run a name) of its own.
-
-    `option` is what names the folder. Jobs that have different folders already, because the sweep
-    is over it or over something that it refers to, keep them.
-    """
+def _own_folder(job: Job, option: str) -> list[str]:
+    """Return overrides that give a job of a sweep a folder of its own, which `option` names."""
     from largebatch.cli.quoting import quoted
 
-    if option is None or option not in configs[0]:
-        return [[] for _ in configs]
-    folders = [str(config[option]) for config in configs]
-    if len(set(folders)) == len(folders):
-        return [[] for _ in configs]
-    own = []
-    for config, folder, label in zip(configs, folders, labels, strict=True):
-        part = re.sub(r"[^\w.,=+-]", "_", label)
-        own.append([f"{option}={quoted(f'{folder}/{part}')}"])
-        if option == "output_dir" and "name" in config:
-            own[-1].append(f"name={quoted(f'{config.name}/{part}')}")
+    part = re.sub(r"[^\w.,=+-]", "_", job.label)
+    folder = getattr(job.config, option)
+    own = [f"{option}={quoted(part if folder is None else f'{folder}/{part}')}"]
+    if option == "output_dir" and hasattr(job.config, "name"):
+        own.append(f"name={quoted(f'{job.config.name}/{part}')}")
     return own
-
-
-def _build_extension(device: str) -> None:
-    """Build what DeepSpeed compiles, before ranks start and while nothing waits for it."""
-    from largebatch.parallel.deepspeed_build import prepare
-    from largebatch.parallel.process_group import choose_device
-    from largebatch.world import World
-
-    prepare(choose_device(device, World()))
 
 
 def _run_job(command: Command, job: Job, config_dir: Path | None) -> None:
     if command.starts_ranks and job.config.hardware.ranks > 1 and not is_rank():
         own_presets = ["--config-dir", str(config_dir)] if config_dir else []
-        if job.config.strategy.name == "deepspeed":
-            _build_extension(job.config.hardware.device)
+        prepare_machine(job.config.hardware, deepspeed=job.config.strategy.name == "deepspeed")
         launch(
             [sys.executable, "-m", "largebatch", command.name, *job.overrides, *own_presets],
             ranks=job.config.hardware.ranks,

@@ -1,18 +1,18 @@
 """The flags of a command line, apart from the overrides."""
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from largebatch.cli.options import find_option
+from largebatch.config.checks import nearest
 from largebatch.errors import UserError
 
 FLAGS = {
     "--help": "show this text",
     "--multirun": "(-m) run once for each combination of values: optim.lr=1e-4,2e-4",
-    "--cfg": "(-c) job, hydra or all: show the composed config instead of running",
+    "--cfg": "(-c) job: show the composed config instead of running",
     "--resolve": "with --cfg: show references such as ${name} as the values they stand for",
     "--package": "(-p) with --cfg: show only this part, such as optim",
     "--info": "(-i) Hydra's report on how the config came about: defaults, defaults-tree, ...",
@@ -48,7 +48,7 @@ def parse_line(arguments: Sequence[str], config_class: type[Any]) -> Line:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")
-    parser.add_argument("-c", "--cfg", choices=("job", "hydra", "all"))
+    parser.add_argument("-c", "--cfg", choices=("job",))
     parser.add_argument("--resolve", action="store_true")
     parser.add_argument("-p", "--package")
     parser.add_argument("-i", "--info", nargs="?", const="all", choices=INFOS)
@@ -72,7 +72,7 @@ def _hint(flag: str, arguments: Sequence[str], config_class: type[Any]) -> str:
     try:
         find_option(config_class, key)
     except UserError as unknown:
-        if near := difflib.get_close_matches(word, FLAGS, n=1, cutoff=0.75):
-            return f"did you mean {near[0]}?"
+        if near := nearest(word.lstrip("-"), [known.lstrip("-") for known in FLAGS]):
+            return f"did you mean --{near}?"
         return f"there are {', '.join(FLAGS)}" if len(key) < 2 else f"and {unknown}"
     return f"options have no dashes: {key}={value}"

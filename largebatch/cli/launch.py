@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from largebatch.cli.failures import LAUNCHED, Failure, RanksFailed, read_error_file
+from largebatch.config import HardwareConfig
+from largebatch.world import World, num_cores
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -64,6 +66,22 @@ def launch(entrypoint: Sequence[str], *, ranks: int, threads: int = 0) -> None:
                 raise KeyboardInterrupt from None
             name = signal.Signals(error.sigval).name
             raise RanksFailed(f"stopped by {name}; all ranks were ended") from None
+
+
+def prepare_machine(hardware: HardwareConfig, *, deepspeed: bool) -> None:
+    """See that each rank has its device, and build what DeepSpeed compiles, before ranks start.
+
+    Raises:
+        UserError: There are no such devices, or DeepSpeed's extension can't be built.
+    """
+    from largebatch.parallel.process_group import choose_device
+
+    last = hardware.ranks - 1
+    device = choose_device(hardware.device, World(last, hardware.ranks, last))
+    if deepspeed:
+        from largebatch.parallel.deepspeed_build import prepare
+
+        prepare(device)
 
 
 def first_failure(failures: "dict[int, ProcessFailure]") -> RanksFailed:
@@ -123,10 +141,9 @@ def _end_with(launcher: int, over: threading.Event) -> None:
 
 
 def _rank_environment(ranks: int, threads: int) -> dict[str, str]:
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     wanted = {LAUNCHED: str(os.getpid())}
     if threads or "OMP_NUM_THREADS" not in os.environ:
-        wanted["OMP_NUM_THREADS"] = str(threads or max(1, (available or 1) // ranks))
+        wanted["OMP_NUM_THREADS"] = str(threads or max(1, num_cores() // ranks))
     return wanted
 
 

@@ -2,13 +2,13 @@
 
 import ast
 import dataclasses
-import difflib
 import inspect
 import types
 import typing
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from largebatch.config.checks import nearest
 from largebatch.errors import UserError
 
 
@@ -21,15 +21,6 @@ class Option(NamedTuple):
     """Its type."""
     documentation: str
     """The string under the field, on one line."""
-
-
-class Place(NamedTuple):
-    """Where a dotted key of the command line leads."""
-
-    annotation: Any
-    """The type there."""
-    is_removable: bool
-    """Whether it is a mapping of free entries, or one of its entries."""
 
 
 def list_options(config_class: type[Any], prefix: str = "") -> Iterator[Option]:
@@ -54,37 +45,39 @@ def num_own_options(config_class: type[Any]) -> int:
     return len(inspect.get_annotations(config_class)) if extends else 0
 
 
-def find_option(config_class: type[Any], key: str, *, groups: Iterable[str] = ()) -> Place:
-    """Return where `key` leads, or raise UserError with the nearest key that exists.
+def find_option(config_class: type[Any], key: str, *, groups: Iterable[str] = ()) -> Any:
+    """Return the type of what `key` names, or raise UserError with the nearest key that exists.
 
     `groups` are further names that exist at the top, for the message.
     """
-    annotation: Any = config_class
-    parent: Any = None
     parts = key.split(".")
     if not all(parts):
         raise UserError(f"{key!r} is not an option: it has an empty part")
+    annotation: Any = config_class
     with_dot = ""
     for depth, part in enumerate(parts):
-        parent, before = annotation, ".".join(parts[:depth])
-        if annotation is Any:
-            break
+        before = ".".join(parts[:depth])
         if dataclasses.is_dataclass(annotation):
-            hints = typing.get_type_hints(annotation)
-            if part not in hints:
-                names = [*hints, *(group for group in groups if depth == 0 and group not in hints)]
+            names = list(typing.get_type_hints(annotation))
+            if part not in names:
+                names += [group for group in groups if depth == 0 and group not in names]
                 raise unknown_option(config_class, key, before, names, hint=with_dot)
-            annotation = hints[part]
         elif typing.get_origin(annotation) is dict:
-            annotation = typing.get_args(annotation)[1]
-            with_dot = _with_dot(before, parts[depth:], annotation)
-        else:
+            with_dot = _with_dot(before, parts[depth:], type_inside(annotation, part))
+        elif annotation is not Any:
             raise UserError(
                 f"{key} is not an option; {before} is {describe_value(annotation)}, "
                 f"so set it whole: {before}=...{with_dot}"
             )
-    holds_entries = parent is Any or typing.get_origin(parent) is dict
-    return Place(annotation, holds_entries or typing.get_origin(annotation) is dict)
+        annotation = type_inside(annotation, part)
+    return annotation
+
+
+def type_inside(annotation: Any, name: str) -> Any:
+    """Return the type of the option or entry `name` of a type that has it."""
+    if dataclasses.is_dataclass(annotation):
+        return typing.get_type_hints(annotation)[name]
+    return Any if annotation is Any else typing.get_args(annotation)[1]
 
 
 def _with_dot(mapping: str, rest: list[str], annotation: Any) -> str:
@@ -118,14 +111,14 @@ def unknown_option(
         or nearest(key, options)
         or by_last_part.get(nearest(last_part, by_last_part) or "")
     )
-    hint = (f"; did you mean {near}?" if near else "") + hint
-    there = f"{parent or 'top level'}: {', '.join(siblings)}"
-    return UserError(f"{key} is not an option{hint} ({there})")
+    there = did_you_mean(near, siblings, parent or "top level", hint=hint)
+    return UserError(f"{key} is not an option{there}")
 
 
-def nearest(value: str, allowed: Iterable[str]) -> str | None:
-    """Return the allowed word that looks most like `value`, if any does."""
-    return next(iter(difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.5)), None)
+def did_you_mean(near: str | None, allowed: Iterable[str], what: str, *, hint: str = "") -> str:
+    """Return the end of a message about a wrong word: the nearest right one, and all of them."""
+    asked = "" if near is None else f"; did you mean {near}?"
+    return f"{asked}{hint} ({what}: {', '.join(allowed)})"
 
 
 def describe_value(annotation: Any) -> str:

@@ -16,10 +16,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
-from largebatch.cli.assign import show_value
-from largebatch.cli.options import find_option, nearest, takes_text
+from largebatch.cli.options import did_you_mean, find_option, takes_text
 from largebatch.cli.presets import Presets
 from largebatch.cli.quoting import as_typed, cure, quoted
+from largebatch.cli.values import show_value
+from largebatch.config.checks import nearest
 from largebatch.errors import UserError
 
 
@@ -39,7 +40,8 @@ def expand_preset(presets: Presets, overrides: Sequence[str]) -> list[str]:
         )
     for name in word.split(","):
         if name not in choices:
-            raise UserError(f"{name!r} is not a preset of {command.name}{_allowed(name, choices)}")
+            there = did_you_mean(nearest(name, choices), choices, "choices")
+            raise UserError(f"{name!r} is not a preset of {command.name}{there}")
     return [f"{command.preset_group}={word}", *others]
 
 
@@ -78,7 +80,9 @@ def parse_override(config_class: type[Any], text: str) -> Override:
 
     A key may hold what the grammar has no place for, such as the name `müller/2024` of a source.
     """
-    prefix, key, equals, value = _take_apart(text)
+    found = re.fullmatch(r"(~|\+{0,2})([^=]*)(=?)(.*)", text, re.DOTALL)
+    assert found is not None
+    prefix, key, equals, value = found.groups()
     if not equals and prefix != "~":
         raise UserError(f"{text!r} is not option=value{_as_option(config_class, text)}")
     if not key:
@@ -88,8 +92,8 @@ def parse_override(config_class: type[Any], text: str) -> Override:
     # The name x stands in for one that Hydra can't read.
     if (parsed := _parse(f"{prefix}x{equals}{value}")) is not None:
         return dataclasses.replace(parsed, key_or_group=key, input_line=text)
-    annotation = find_option(config_class, key).annotation
-    said = cure(f"{prefix}{key}", value, annotation, parses=lambda t: _parse(t) is not None)
+    annotation = find_option(config_class, key)
+    said = cure(f"{prefix}{key}", value, annotation, is_read=lambda v: _parse(f"x={v}") is not None)
     raise UserError(f"{text!r} cannot be read as option=value; {said}")
 
 
@@ -98,19 +102,12 @@ def _as_one_value(presets: Presets, override: Override) -> str:
     key, value = override.get_key_element(), override.get_value_string()
     if override.key_or_group in presets.groups:
         return ""
-    annotation = find_option(presets.command.config_class, override.key_or_group).annotation
+    annotation = find_option(presets.command.config_class, override.key_or_group)
     if typing.get_origin(annotation) is list:
         return f", or write a list: {as_typed(f'{key}=[{value}]')}"
     if takes_text(annotation):
         return f", or put one text in quotes: {as_typed(f'{key}={quoted(value)}')}"
     return ""
-
-
-def _take_apart(text: str) -> tuple[str, str, str, str]:
-    """Return prefix (~, + or ++), key, = and value of an override."""
-    found = re.fullmatch(r"(~|\+{0,2})([^=]*)(=?)(.*)", text, re.DOTALL)
-    assert found is not None
-    return found[1], found[2], found[3], found[4]
 
 
 def _parse(text: str) -> Override | None:
@@ -147,26 +144,22 @@ def check(presets: Presets, overrides: Sequence[str]) -> Checked:
     for text in overrides:
         override = parse_override(presets.command.config_class, text)
         _refuse(override)
+        key, value = override.key_or_group, override.value()
         if (choice := _choice(presets, override)) is None:
-            _check_option(presets, override)
+            find_option(presets.command.config_class, key, groups=presets.groups)
+            if key == "debug" and not isinstance(value, bool):
+                raise UserError(f"debug={show_value(value)} must be true or false")
             options.append(override)
         else:
-            choices.pop(override.key_or_group, None)  # given again, it wins over all before
-            if override.value() is not None:
-                choices[override.key_or_group] = choice
+            choices.pop(key, None)  # given again, it wins over all before
+            if value is not None:
+                choices[key] = choice
     return Checked(list(choices.values()), options)
-
-
-def names_code(value: Any) -> bool:
-    """Whether a value holds the key with which Hydra would call any function."""
-    if isinstance(value, dict):
-        return any(str(k) == "_target_" or names_code(v) for k, v in value.items())
-    return isinstance(value, list) and any(map(names_code, value))
 
 
 def _refuse(override: Override) -> None:
     key = override.key_or_group
-    if "_target_" in key.split(".") or names_code(override.value()):
+    if "_target_" in key.split("."):  # in a value, it is found in what is composed
         raise UserError(f"{override.input_line!r}: _target_ is refused: a config never names code")
     if key.replace("/", ".").split(".")[0] == "hydra":
         raise UserError(f"{key} would change nothing: jobs do not run inside Hydra; leave it out")
@@ -185,22 +178,6 @@ def _choice(presets: Presets, override: Override) -> str | None:
     if not (value is None and may_be_none) and value not in choices:
         allowed = ["true", "false", *choices] if key == "debug" else choices
         shown = show_value(value)
-        raise UserError(f"{key}={shown} is not a choice{_allowed(shown, allowed)}")
-    # A preset group need not stand in the defaults list of the primary config.
-    listed = key != command.preset_group or presets.lists_preset_group
-    return f"{'' if listed else '+'}{key}={show_value(value)}"
-
-
-def _check_option(presets: Presets, override: Override) -> None:
-    key = override.key_or_group
-    place = find_option(presets.command.config_class, key, groups=presets.groups)
-    if key == "debug" and not isinstance(override.value(), bool):
-        raise UserError(f"debug={show_value(override.value())} must be true or false")
-    if override.type is OverrideType.DEL and not place.is_removable:
-        unset = f"; set {key}=null" if type(None) in typing.get_args(place.annotation) else ""
-        raise UserError(f"{override.input_line}: only entries of a mapping can be removed{unset}")
-
-
-def _allowed(value: str, choices: Sequence[str]) -> str:
-    near = nearest(value, choices)
-    return f"{f'; did you mean {near}?' if near else ''} (choices: {', '.join(choices)})"
+        there = did_you_mean(nearest(shown, allowed), allowed, "choices")
+        raise UserError(f"{key}={shown} is not a choice{there}")
+    return f"{key}={show_value(value)}"

@@ -1,7 +1,6 @@
 """The presets in `conf/`, opened for Hydra together with the schemas that check them."""
 
 import dataclasses
-import importlib.util
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +10,9 @@ from typing import NamedTuple
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
 
 import largebatch
 from largebatch.cli.table import Command
-
-CONF_PACKAGE = "largebatch.conf"
 
 
 class Presets(NamedTuple):
@@ -28,8 +24,6 @@ class Presets(NamedTuple):
     """Our `conf/`, then the user's own folder if there is one."""
     groups: dict[str, list[str]]
     """The config groups of the command, each with its choices."""
-    lists_preset_group: bool
-    """Whether the primary config's defaults list has a place for the preset."""
 
     @property
     def hydra_overrides(self) -> list[str]:
@@ -51,28 +45,25 @@ class Presets(NamedTuple):
 @contextmanager
 def open_presets(command: Command, config_dir: Path | None = None) -> Iterator[Presets]:
     """Make the presets and schemas known to Hydra for the duration of a `with` block."""
-    # Where several commands share a primary config, its schema is the class of the one that runs.
-    schema_name = f"{command.primary_config}_schema"
-    ConfigStore.instance().store(name=schema_name, node=command.config_class)
-    GlobalHydra.instance().clear()
     folders = (conf_folder(), *([config_dir] if config_dir else []))
-    opened = (
-        hydra.initialize_config_module(CONF_PACKAGE, job_name="largebatch", version_base="1.3")
-        if importlib.util.find_spec(CONF_PACKAGE)
-        else hydra.initialize_config_dir(str(folders[0]), job_name="largebatch", version_base="1.3")
-    )
-    with opened:
-        yield Presets(command, folders, _find_groups(command, folders), _lists_preset(command))
+    name, store = command.primary_config, ConfigStore.instance()
+    # Where several commands share a primary config, its schema is the class of the one that runs.
+    store.store(name=f"{name}_schema", node=command.config_class)
+    if not (folders[0] / f"{name}.yaml").is_file():
+        # A command without presets of ours, which a user may have: after the schema, as in ours.
+        defaults = [f"{name}_schema", "_self_", {command.preset_group: None}]
+        store.store(name=name, node={"defaults": defaults})
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(folders[0]), job_name="largebatch", version_base="1.3"):
+        yield Presets(command, folders, _find_groups(command, folders))
 
 
 def conf_folder() -> Path:
-    """Return the folder with the presets: the installed package, or `conf/` of a checkout."""
-    spec = importlib.util.find_spec(CONF_PACKAGE)
-    if spec and spec.submodule_search_locations:
-        return Path(next(iter(spec.submodule_search_locations)))
-    # `python -m largebatch` inside a checkout finds the package there, and the presets beside it.
+    """Return the folder with the presets: in the installed package, or beside it in a checkout."""
     assert largebatch.__file__ is not None
-    return Path(largebatch.__file__).resolve().parents[1] / "conf"
+    package = Path(largebatch.__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
 
 
 def _find_groups(command: Command, folders: tuple[Path, ...]) -> dict[str, list[str]]:
@@ -85,12 +76,3 @@ def _find_groups(command: Command, folders: tuple[Path, ...]) -> dict[str, list[
         for name in sorted(names)
     }
     return {name: choices for name, choices in found.items() if choices}
-
-
-def _lists_preset(command: Command) -> bool:
-    primary = OmegaConf.load(conf_folder() / f"{command.primary_config}.yaml")
-    assert isinstance(primary, DictConfig)
-    defaults = primary.get("defaults") or []
-    return any(
-        isinstance(entry, DictConfig) and command.preset_group in entry for entry in defaults
-    )

@@ -36,44 +36,39 @@ def as_typed(argument: str) -> str:
     return shlex.quote(argument) if special else f'"{argument}"'
 
 
-def cure(key: str, value: str, annotation: Any, *, parses: Callable[[str], bool]) -> str:
+def cure(key: str, value: str, annotation: Any, *, is_read: Callable[[str], bool]) -> str:
     """Say how to write a value that can't be read.
 
     Args:
         key: The option, with its prefix.
         value: What was written after the =.
         annotation: Type of the option.
-        parses: Whether a whole override can be read.
+        is_read: Whether a value can be read.
     """
-
-    def is_read(text: str) -> bool:
-        return parses(f"x={text}")
-
     # Neither a shell nor this program makes a folder of the ~ inside a value.
     value = re.sub(r"(?<![^\[{,:\s])~(?=/|$)", "${oc.env:HOME}", value)
     # A reference that is not closed is none.
     value = re.sub(r"(?<!\\)\$\{(?![^{}]*\})", r"\\${", value)
-    may_be_text = takes_text(annotation) or annotation is Any
     if takes_text(annotation):
         written = value if is_read(value) else quoted(value)
-    elif annotation is Any:
-        written = _mend(value, is_read)
-    elif typing.get_origin(annotation) is list and not value.startswith("["):
-        written = _mend(f"[{value}]", is_read)
     else:
-        written = _mend(_close(value), is_read)
-    # A number, say, is not put into quotes: they would make a text of it.
-    if not is_read(written) or (written[:1] in ("'", '"') and not may_be_text):
+        written = _close(value.strip())
+        if typing.get_origin(annotation) is list and not written.startswith("["):
+            written = f"[{written}]"
+        written = _mend(written, is_read)
+        # A number, say, is not put into quotes: they would make a text of it.
+        if annotation is not Any and written[:1] in ("'", '"'):
+            written = ""
+    if not written or not is_read(written):
         return f"{key} must be {describe_value(annotation)}"
     return f"write {as_typed(f'{key}={written}')}"
 
 
 def _close(value: str) -> str:
     """Add the bracket that a list or mapping lacks at its end."""
-    value = value.strip()
-    if value[:1] in ("[", "{"):
-        end = CLOSING[OPENING.index(value[0])]
-        return value if value.endswith(end) else value + end
+    for opening, closing in ("[]", "{}"):
+        if value.startswith(opening):
+            return value.removesuffix(closing) + closing
     return value
 
 
@@ -88,14 +83,11 @@ def _mend(value: str, is_read: Callable[[str], bool]) -> str:
     if value.startswith("{") and value.endswith("}"):
         entries = [part.partition(":" if ":" in part else "=") for part in _split(inner)]
         if all(colon for _, colon, _ in entries):
-            mended = (f"{_bare(name)}: {_mend(entry, is_read)}" for name, _, entry in entries)
-            return "{" + ", ".join(mended) + "}"
+            # The grammar wants names without quotes.
+            names = (name.strip().strip("'\"") for name, _, _ in entries)
+            values = (_mend(entry, is_read) for _, _, entry in entries)
+            return "{" + ", ".join(map(": ".join, zip(names, values, strict=True))) + "}"
     return quoted(value)
-
-
-def _bare(name: str) -> str:
-    """Return an entry's name, which the grammar wants without quotes."""
-    return name.strip().strip("'\"")
 
 
 def _split(text: str) -> Iterator[str]:

@@ -26,7 +26,7 @@ class Command(NamedTuple):
 
     @property
     def primary_config(self) -> str:
-        """Name of the file in `conf/` that it is composed from.
+        """Name of what it is composed from: a file in `conf/`, or else its defaults alone.
 
         It is that of `train` for all that is configured as a run is.
         """

@@ -14,10 +14,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from largebatch.cli.console import make_console
 from largebatch.cli.failures import RanksFailed, describe
-from largebatch.cli.launch import launch
+from largebatch.cli.launch import launch, prepare_machine
 from largebatch.config import SourceConfig, TrainConfig
 from largebatch.config.bench import SYNTHETIC, BenchConfig, Case
 from largebatch.data.text import TextSettings
@@ -47,15 +46,8 @@ def run(config: BenchConfig) -> None:
 
 
 def _measure_on_ranks_of_their_own(config: BenchConfig) -> None:
-    from largebatch.parallel.process_group import choose_device
-    from largebatch.world import World
-
-    last = config.hardware.ranks - 1
-    device = choose_device(config.hardware.device, World(last, last + 1, last))
-    if any(_config_of(config, case).strategy.name == "deepspeed" for case in config.cases()):
-        from largebatch.parallel.deepspeed_build import prepare
-
-        prepare(device)
+    strategies = [_config_of(config, case).strategy.name for case in config.cases()]
+    prepare_machine(config.hardware, deepspeed="deepspeed" in strategies)
     sweep = _Sweep(config)
     try:
         sweep.begin()
@@ -76,12 +68,7 @@ def _launched(config: BenchConfig, case: Case, number: int, sweep: "_Sweep") -> 
     trace = _trace_file(config, case)
     content = {
         "config": settings,
-        "plan": [
-            config.warmup,
-            config.steps,
-            config.repeats,
-            None if trace is None else str(trace),
-        ],
+        "plan": [config.warmup, config.steps, config.repeats, trace and str(trace)],
         "work": str(sweep.work),
         "result": str(result),
     }
@@ -137,7 +124,7 @@ class _Sweep:
         self.work = self.folder / WORK
         self.machine: dict[str, Any] = {}
         self.rows: list[Row] = []
-        self._console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self._console = make_console()
         # Where it is narrower, a terminal wraps the tables' lines; figures must not be cut.
         self._console.width = max(self._console.width, 120)
         self._num_cases = len(config.cases())

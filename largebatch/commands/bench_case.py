@@ -32,7 +32,7 @@ def _measure(order: dict[str, Any]) -> None:
     from largebatch.config import TrainConfig
     from largebatch.train.process import connected
 
-    config: TrainConfig = build_from(order["config"], TrainConfig)
+    config: TrainConfig = build_from(TrainConfig, order["config"])
     warmup, steps, repeats, trace = order["plan"]
     plan = Plan(warmup, steps, repeats, None if trace is None else Path(trace))
     with connected(config) as rank:

@@ -6,10 +6,10 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from largebatch.cli.console import make_console, make_table
 from largebatch.commands.run_data import open_run_data
 from largebatch.config.tools import DataShowConfig
 from largebatch.data.holes import rows_by_step
@@ -97,7 +97,7 @@ def _print(
     rows: Sequence[ShownRow],
     shown: Sequence[ShownRow],
 ) -> None:
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = make_console()
     console.print(
         f"step {config.step:,} of {config.max_steps:,} (counted from 1): {len(rows):,} pairs, "
         f"{config.data.batches}, seed {config.seed}, {config.hardware.ranks} ranks with "
@@ -119,10 +119,9 @@ def _print(
 
 
 def _mix_table(config: DataShowConfig, schedule: Schedule, rows: Sequence[ShownRow]) -> Table:
-    table = Table()
-    table.add_column("source")
-    for heading in ("rows", "share", "holes", "share up to here", "wanted", "epochs up to here"):
-        table.add_column(heading, justify="right")
+    table = make_table(
+        "source", "rows", "share", "holes", "share up to here", "wanted", "epochs up to here"
+    )
     counts = Counter(row.source for row in rows)
     holes = Counter(row.source for row in rows if row.hole)
     given = schedule.rows_given(config.step)

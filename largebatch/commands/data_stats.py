@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from largebatch.cli.progress import byte_progress
+from largebatch.cli.console import byte_progress, make_console, make_table
 from largebatch.commands.data_show import printable
 from largebatch.commands.run_data import RunData, open_run_data
 from largebatch.config.tools import DataStatsConfig
@@ -40,7 +40,7 @@ def run(config: DataStatsConfig) -> None:
     Raises:
         UserError: The sources have no index, or the folder can't be written.
     """
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = make_console()
     data = open_run_data(config)
     folder = Path(config.stats_dir)
     with writing(folder):  # before the sources are read, which may take long
@@ -269,10 +269,8 @@ def _duplicate_table(sources: Mapping[str, Any]) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("source", overflow="fold", min_width=12)
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = make_table("source", *columns, title=title)
+    table.columns[0].overflow, table.columns[0].min_width = "fold", 12
     return table
 
 

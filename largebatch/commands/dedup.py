@@ -1,23 +1,12 @@
 """`largebatch dedup`: leave out duplicates and what evaluation sets contain."""
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
+from largebatch.cli.console import count_progress, make_console, make_table
 from largebatch.config import DedupConfig
 from largebatch.curate.dedup import deduplicate
 from largebatch.curate.dedup_report import REPORT_NAME, Report
+from largebatch.world import num_cores
 
 
 def run(config: DedupConfig) -> None:
@@ -25,8 +14,8 @@ def run(config: DedupConfig) -> None:
 
     Raises UserError as `deduplicate` does.
     """
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    num_workers = config.workers or len(os.sched_getaffinity(0))
+    console = make_console()
+    num_workers = config.workers or num_cores()
     for name, folders in config.sources.items():
         console.print(f"source      {name}: {', '.join(folders)}")
     for name, folder in config.evaluation_sets.items():
@@ -38,7 +27,7 @@ def run(config: DedupConfig) -> None:
         else "exact duplicates only"
     )
     console.print(f"leaving out {near}; {num_workers} process{'es' if num_workers > 1 else ''}")
-    report = deduplicate(config, num_workers=num_workers, stage=_stage)
+    report = deduplicate(config, num_workers=num_workers, stage=count_progress)
     console.print(counts_table(report))
     if config.evaluation_sets:
         console.print(contamination_table(report))
@@ -61,7 +50,7 @@ def run(config: DedupConfig) -> None:
 
 def counts_table(report: Report) -> Table:
     """Tell what became of each source's records."""
-    table = _table("source", "records", "empty", "contaminated", "exact", "near", "written")
+    table = make_table("source", "records", "empty", "contaminated", "exact", "near", "written")
     rows = [[c.records, *c.dropped().values(), c.written] for c in report.sources]
     for counts, row in zip(report.sources, rows, strict=True):
         table.add_row(counts.name, *(f"{number:,}" for number in row))
@@ -73,7 +62,7 @@ def counts_table(report: Report) -> Table:
 
 def contamination_table(report: Report) -> Table:
     """Tell how many records of each source hold something of which evaluation set, and how."""
-    table = _table("source", "holds of", "way", "records")
+    table = make_table("source", "holds of", "way", "records", texts=("holds of", "way"))
     for counts in report.sources:
         for name, ways in counts.contaminated.items():
             for way, number in sorted(ways.items()):
@@ -83,7 +72,9 @@ def contamination_table(report: Report) -> Table:
 
 def keepers_table(report: Report) -> Table:
     """Tell which source keeps what another one's records duplicate."""
-    table = _table("source", "has in common with", "exact", "near")
+    table = make_table(
+        "source", "has in common with", "exact", "near", texts=("has in common with",)
+    )
     for counts in report.sources:
         for keeper in (other.name for other in report.sources):
             exact, near = counts.exact.get(keeper, 0), counts.near.get(keeper, 0)
@@ -91,25 +82,3 @@ def keepers_table(report: Report) -> Table:
                 label = "itself" if keeper == counts.name else keeper
                 table.add_row(counts.name, label, f"{exact:,}", f"{near:,}")
     return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table()
-    for column in columns:
-        is_text = column in {"source", "holds of", "way", "has in common with"}
-        table.add_column(column, justify="left" if is_text else "right")
-    return table
-
-
-@contextmanager
-def _stage(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda number: progress.advance(task, number)

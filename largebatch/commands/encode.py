@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from largebatch.commands.output import make_folder_of
 from largebatch.config import EncodeConfig
 from largebatch.curate.rows import expand, find_inputs, read_rows
 from largebatch.data.tables import KINDS, KNOWN, numbered_lines, split_ending
@@ -20,7 +21,7 @@ def run(config: EncodeConfig) -> None:
     import numpy as np
 
     texts = [text for path in config.input for text in read_texts(Path(path), field=config.field)]
-    output = writable(Path(config.output), option="output")
+    output = make_folder_of(Path(config.output))
     if output.suffix not in ("", ".npy"):
         raise UserError(
             f"output={str(output)!r}: the matrix is written as NumPy's .npy; let its name end so"
@@ -97,18 +98,3 @@ def load_encoder(model: str, *, device: str) -> "Encoder":
     from largebatch.model.encoder import Encoder
 
     return Encoder.from_pretrained(model).to(device).eval()
-
-
-def writable(path: Path, *, option: str) -> Path:
-    """Return `path` once its folder is there, so that hours of work do not end in an error.
-
-    Raises:
-        UserError: `path` is a folder, or its own folder can't be made.
-    """
-    if path.is_dir():
-        raise UserError(f"{option}={str(path)!r} is a folder; name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option}={str(path)!r}: its folder can't be made ({error})") from error
-    return path

@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from largebatch.commands.encode import load_encoder, writable
+from rich.table import Table
+
+from largebatch.cli.console import make_console, make_table
+from largebatch.commands.encode import load_encoder
+from largebatch.commands.output import make_folder_of
 from largebatch.config import EvaluateConfig
 from largebatch.files import write_text
 
 
 def run(config: EvaluateConfig) -> None:
     """Score `config.model` on `config.sets`, print a table and write it to `config.output`."""
-    from rich.console import Console
-
     from largebatch.evaluate.beir import load_retrieval_set
     from largebatch.evaluate.bm25 import evaluate_bm25
     from largebatch.evaluate.retrieval import evaluate_encoder
@@ -21,7 +23,7 @@ def run(config: EvaluateConfig) -> None:
         load_retrieval_set(Path(folder), split=config.split, name=name)
         for name, folder in config.sets.items()
     ]
-    output = None if config.output is None else writable(Path(config.output), option="output")
+    output = None if config.output is None else make_folder_of(Path(config.output))
     encoder = load_encoder(config.model, device=config.device)
     results: dict[str, dict[str, Any]] = {}
     for retrieval_set in sets:
@@ -35,25 +37,18 @@ def run(config: EvaluateConfig) -> None:
         if config.bm25:
             result["bm25"] = evaluate_bm25(retrieval_set)
     print(f"{config.model}, split {config.split}:")
-    Console().print(_table(results))
+    make_console().print(_table(results))
     if output is not None:
         whole = {"model": config.model, "split": config.split, "sets": results}
         write_text(output, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
         print(f"written to {output}")
 
 
-def _table(results: dict[str, dict[str, Any]]) -> Any:
-    from rich.table import Table
-
+def _table(results: dict[str, dict[str, Any]]) -> Table:
     from largebatch.evaluate.retrieval import METRICS
 
-    table = Table()
-    table.add_column("set")
-    for heading in ("documents", "queries"):
-        table.add_column(heading, justify="right")
-    table.add_column("by")
-    for heading in ("nDCG@10", "MRR@10", "Recall@10"):
-        table.add_column(heading, justify="right")
+    headings = ("set", "documents", "queries", "by", "nDCG@10", "MRR@10", "Recall@10")
+    table = make_table(*headings, texts=("by",))
     for name, result in results.items():
         for key, label in (("model", "model"), ("bm25", "BM25")):
             if key in result:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from largebatch.commands.output import check_replaceable
 from largebatch.config import ExportConfig
 from largebatch.errors import UserError
 from largebatch.files import written_aside
@@ -13,11 +14,7 @@ def run(config: ExportConfig) -> None:
     checkpoints = folder / "checkpoints"
     step = choose_step(checkpoints, config.checkpoint)
     output = Path(config.output_dir) if config.output_dir is not None else folder / "model"
-    if output.exists() and not is_replaceable(output):
-        raise UserError(
-            f"output_dir={str(output)!r} holds something else than a model; choose another folder, "
-            "or empty it"
-        )
+    check_replaceable(output, "modules.json")
 
     # Importing transformers takes seconds; a missing run is told at once.
     from largebatch.model.encoder import Encoder
@@ -30,11 +27,6 @@ def run(config: ExportConfig) -> None:
     with written_aside(output) as aside:
         encoder.save_pretrained(aside)
     print(f"{output}: the model after {step} steps")
-
-
-def is_replaceable(output: Path) -> bool:
-    """Whether an export may take the place of what is there: a model, or an empty folder."""
-    return output.is_dir() and ((output / "modules.json").is_file() or not any(output.iterdir()))
 
 
 def choose_step(checkpoints: Path, which: str) -> int:

@@ -1,8 +1,6 @@
 """`largebatch index`: write index.json for tar shards that others made."""
 
-from rich.console import Console
-
-from largebatch.cli.progress import byte_progress
+from largebatch.cli.console import byte_progress, make_console
 from largebatch.config import IndexConfig
 from largebatch.errors import UserError
 from largebatch.shards.index import INDEX_NAME
@@ -17,7 +15,7 @@ def run(config: IndexConfig) -> None:
     Raises UserError if there is an index already (without `overwrite`), and as `shard_files` and
     `build_index` do.
     """
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = make_console()
     paths = shard_files(config.shards)
     folder = paths[0].parent
     target = folder / INDEX_NAME

@@ -1,19 +1,20 @@
 """`largebatch pairs`: pairs from the code on this machine, as shards and two retrieval sets."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from largebatch.cli.progress import byte_progress
+from largebatch.cli.console import byte_progress
+from largebatch.commands.output import check_replaceable
 from largebatch.config import PairsConfig
 from largebatch.curate.code_pairs import CodePair, extract_all, find_source_files, installed_roots
 from largebatch.curate.split import package_families, split_pairs
 from largebatch.errors import UserError
 from largebatch.files import write_text, writing, written_aside
+from largebatch.world import num_cores
 
 SUMMARY_NAME = "pairs.json"
 SOURCE = "code"
@@ -35,11 +36,7 @@ def run(config: PairsConfig) -> None:
     if not config.overwrite and (folder / SUMMARY_NAME).exists():
         _report(folder, _kept_summary(folder, config), "kept")
         return
-    if folder.exists() and not (folder / SUMMARY_NAME).exists() and any(folder.iterdir()):
-        raise UserError(
-            f"output_dir={folder} holds something else (no {SUMMARY_NAME}); choose another folder, "
-            "or empty it"
-        )
+    check_replaceable(folder, SUMMARY_NAME)
     with _made_aside(folder) as aside:
         summary = _write(config, aside)
     _report(folder, summary, "written")
@@ -95,7 +92,7 @@ def _write(config: PairsConfig, folder: Path) -> dict[str, Any]:
     files = find_source_files(roots)
     num_bytes = sum(file.num_bytes for file in files)
     with byte_progress("reading Python files", num_bytes) as advance:
-        extraction = extract_all(files, workers=config.workers or _num_cores(), advance=advance)
+        extraction = extract_all(files, workers=config.workers or num_cores(), advance=advance)
     split = split_pairs(
         extraction.pairs,
         package_families(roots),
@@ -151,12 +148,6 @@ def _describe(pairs: Sequence[CodePair]) -> dict[str, Any]:
         "document_chars": round(sum(len(pair.document) for pair in pairs) / len(pairs), 1),
         "packages": dict(sorted(packages.items())),
     }
-
-
-def _num_cores() -> int:
-    # A container or a scheduler may allow fewer cores than the machine has.
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _report(folder: Path, summary: dict[str, Any], what: str) -> None:

@@ -1,9 +1,8 @@
 """`largebatch shard`: jsonl, csv, tsv, parquet and Hugging Face data sets become tar shards."""
 
-from rich.console import Console
 from rich.table import Table
 
-from largebatch.cli.progress import row_progress
+from largebatch.cli.console import make_console, row_progress
 from largebatch.config import ShardConfig
 from largebatch.curate.convert import Counts, convert
 from largebatch.curate.rows import find_inputs
@@ -15,22 +14,18 @@ def run(config: ShardConfig) -> None:
 
     Raises UserError as `find_inputs` and `convert` do.
     """
-    console = Console(highlight=False)
+    console = make_console()
     inputs = find_inputs(config.input)
     for source in inputs:
         size = "" if source.num_bytes is None else f", {source.num_bytes / 1e6:,.1f} MB"
-        console.print(
-            f"input       {source.path} ({source.kind}{size})", markup=False, soft_wrap=True
-        )
+        console.print(f"input       {source.path} ({source.kind}{size})")
     mapped = ", ".join(f"{role} is {name!r}" for role, name in config.fields.items())
-    console.print(f"fields      {mapped or 'recognized by name'}", markup=False, soft_wrap=True)
+    console.print(f"fields      {mapped or 'recognized by name'}")
     for name, wanted in config.positives.items():
-        console.print(f"positives   {name} {wanted}", markup=False, soft_wrap=True)
+        console.print(f"positives   {name} {wanted}")
     console.print(
         f"output      {config.output_dir}, {config.records_per_shard:,} records per shard, "
-        f"{config.layout} layout",
-        markup=False,
-        soft_wrap=True,
+        f"{config.layout} layout"
     )
     sizes = [source.num_bytes for source in inputs]
     total = None if None in sizes else sum(size or 0 for size in sizes)
@@ -38,18 +33,12 @@ def run(config: ShardConfig) -> None:
         counts = convert(config, inputs, on_bytes=advance.on_bytes, on_row=advance.on_row)
     console.print(_table(counts))
     if counts.repeated_ids.num_ids:
-        told = tell_repeated(counts.repeated_ids, counts.written)
-        console.print(f"note: {told}", markup=False, soft_wrap=True)
+        console.print(f"note: {tell_repeated(counts.repeated_ids, counts.written)}")
     if counts.unread_columns:
-        console.print(
-            f"columns that JSON has no values for, not kept: {', '.join(counts.unread_columns)}",
-            markup=False,
-            soft_wrap=True,
-        )
+        columns = ", ".join(counts.unread_columns)
+        console.print(f"columns that JSON has no values for, not kept: {columns}")
     console.print(
-        f"{counts.num_shards:,} shards, {counts.num_bytes / 1e6:,.1f} MB, in {config.output_dir}",
-        markup=False,
-        soft_wrap=True,
+        f"{counts.num_shards:,} shards, {counts.num_bytes / 1e6:,.1f} MB, in {config.output_dir}"
     )
 
 

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
-from largebatch.cli.progress import byte_progress
+from largebatch.cli.console import byte_progress, make_console
 from largebatch.config import VerifyConfig
 from largebatch.errors import UserError
 from largebatch.shards.find import find_files
@@ -20,7 +18,7 @@ def run(config: VerifyConfig) -> None:
 
     Raises UserError with the number of problems if there are any.
     """
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = make_console()
     files = [file for url in config.shards for file in find_files(url)]
     if remote := [file for file in files if is_remote(file)]:
         raise UserError(f"{remote[0]} is remote; verify a local copy")
@@ -38,9 +36,10 @@ def run(config: VerifyConfig) -> None:
     problems: list[str] = []
     notes: dict[Path, list[str]] = {folder: [] for folder in folders}
     with byte_progress("reading shards", total) as on_bytes:
-        for folder in folders:
+        for folder, index in indexes.items():
             problems += verify(
                 folder,
+                index,
                 fields=config.fields,
                 workers=0,
                 on_bytes=on_bytes,

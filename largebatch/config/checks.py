@@ -7,14 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from largebatch.errors import UserError
 
 
+def nearest(value: str, allowed: Iterable[str]) -> str | None:
+    """Return the allowed word that looks most like `value`, if any does."""
+    return next(iter(difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.5)), None)
+
+
 def suggest(value: str, allowed: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the nearest allowed value, or an empty string.
 
     >>> suggest("maen", ["cls", "mean"])
     " (did you mean 'mean'?)"
     """
-    near = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    near = nearest(value, allowed)
+    return "" if near is None else f" (did you mean {near!r}?)"
 
 
 def least_of(value: str) -> float | None:

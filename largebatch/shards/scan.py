@@ -28,6 +28,7 @@ from largebatch.shards.index import (
 from largebatch.shards.packed import unpack
 from largebatch.shards.tar import MAX_MEMBER_BYTES, MAX_SAMPLE_BYTES, Member, iter_members
 from largebatch.stores.locations import is_remote
+from largebatch.world import num_cores
 
 PARTIAL_NAME = "index.partial.jsonl"
 
@@ -142,7 +143,7 @@ def run_on_shards(
     """
     sizes = {path: path.stat().st_size if path.is_file() else 0 for path in tasks}
     if not workers:
-        workers = min(_num_cores(), sum(sizes.values()) // _BYTES_PER_WORKER)
+        workers = min(num_cores(), sum(sizes.values()) // _BYTES_PER_WORKER)
     workers = min(workers, len(tasks))
     if workers <= 1:
         for path, task in tasks.items():
@@ -163,12 +164,6 @@ def run_on_shards(
 
 def _ignore(num_bytes: int) -> None:
     del num_bytes
-
-
-def _num_cores() -> int:
-    # A container or a scheduler may allow fewer cores than the machine has.
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _scan_to_index(path: Path, on_bytes: OnBytes) -> Shard | DataError:

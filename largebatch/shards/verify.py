@@ -26,23 +26,22 @@ class _Found(NamedTuple):
 
 def verify(
     folder: Path,
+    index: ShardIndex,
     *,
     fields: Mapping[str, str],
     workers: int = 1,
     on_bytes: OnBytes,
     on_note: Callable[[str], object] = lambda _: None,
 ) -> list[str]:
-    """Check the shards in a folder against its index and return all that is wrong.
+    """Check the shards in a folder against their index and return all that is wrong.
 
     Checks that each shard is there, that its size, checksums, number of records and segments are
     as indexed, that each record decodes (`fields` as in `record_from_mapping`) and has a query
     and a document, and that no tar file is there that the index doesn't list. Records with the
     same kind of fault are one problem per shard, which tells their number and the first of them.
     `on_note` is called with what is no problem and should be known: that ids repeat.
-    `workers` and `on_bytes` are as in `build_index`. Raises UserError if there is no index, or if
-    it is damaged.
+    `workers` and `on_bytes` are as in `build_index`.
     """
-    index = ShardIndex.load(folder)
     shards = {folder / shard.file: shard for shard in index.shards}
     tasks = {
         path: partial(_verify_shard, path, shard, dict(fields)) for path, shard in shards.items()

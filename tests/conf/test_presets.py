@@ -4,8 +4,9 @@ After a change that is meant, write the golden files anew and read the differenc
     LARGEBATCH_WRITE_GOLDEN=1 pytest tests/conf
 """
 
-import importlib.util
 import os
+import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 
 from largebatch.cli.compose import build, compose, resolve
 from largebatch.cli.overrides import expand_preset
-from largebatch.cli.presets import CONF_PACKAGE, conf_folder, open_presets
+from largebatch.cli.presets import conf_folder, open_presets
 from largebatch.cli.table import COMMANDS
 from largebatch.errors import UserError
 
@@ -48,7 +49,7 @@ def test_every_golden_file_has_its_experiment():
 def test_experiment_passes_its_checks(name):
     needed = ["backbone.path=folder"] if "pretrained" in name else []
     with open_presets(TRAIN) as presets:
-        config = build(compose(presets, [f"experiment={name}", *needed]))
+        config = build(TRAIN.config_class, compose(presets, [f"experiment={name}", *needed]))
     assert config.output_dir == f"runs/{name}"
 
 
@@ -64,7 +65,7 @@ def test_every_choice_composes_and_passes_its_checks(group, choice):
     needed = ["backbone.path=folder"] if (group, choice) == ("backbone", "pretrained") else []
     needed += [] if (group, choice) == ("data", "code") else [SOURCE]
     with open_presets(TRAIN) as presets:
-        build(compose(presets, [f"{group}={choice}", *needed]))
+        build(TRAIN.config_class, compose(presets, [f"{group}={choice}", *needed]))
 
 
 @pytest.mark.parametrize(("group", "choice"), choices)
@@ -79,19 +80,22 @@ def test_every_choice_says_what_it_is(group, choice):
 def test_every_command_composes(name):
     with open_presets(COMMANDS[name]) as presets:
         config = compose(presets, [])
-    assert OmegaConf.get_type(config) is COMMANDS[name].config_class
+    assert list(config) == [field.name for field in fields(COMMANDS[name].config_class)]
 
 
 def test_a_pretrained_backbone_needs_its_path():
     with open_presets(TRAIN) as presets, pytest.raises(UserError, match=r"backbone\.path"):
-        build(compose(presets, ["experiment=quickstart_pretrained"]))
+        build(TRAIN.config_class, compose(presets, ["experiment=quickstart_pretrained"]))
 
 
-def test_a_checkout_without_an_installed_package_finds_its_presets(monkeypatch):
-    plain = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name: None if name == CONF_PACKAGE else plain(name)
-    )
-    assert (conf_folder() / "train.yaml").is_file()
+def test_presets_are_found_in_an_installed_package_and_beside_that_of_a_checkout(
+    monkeypatch, tmp_path
+):
+    assert conf_folder() == Path(__file__).resolve().parents[2] / "conf"
+    package = tmp_path / "largebatch"
+    shutil.copytree(CONF, package / "conf")
+    monkeypatch.setattr("largebatch.__file__", str(package / "__init__.py"))
+    assert conf_folder() == package / "conf"
     with open_presets(TRAIN) as presets:
-        assert build(compose(presets, ["experiment=quickstart"])).name == "quickstart"
+        config = build(TRAIN.config_class, compose(presets, ["experiment=quickstart"]))
+    assert config.name == "quickstart"

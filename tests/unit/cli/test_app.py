@@ -11,7 +11,7 @@ import pytest
 
 from largebatch.cli import app, failures
 from largebatch.cli.failures import RanksFailed
-from largebatch.config import IndexConfig, TrainConfig
+from largebatch.config import ExportConfig, IndexConfig, TrainConfig
 from largebatch.errors import UserError
 
 SOURCE = "data.sources.mine.urls=[shards/]"
@@ -212,6 +212,18 @@ def test_presets_of_the_users_own_are_found_and_checked(capsys, trained, tmp_pat
     assert "_target_ is refused" in error_of(capsys, "train", "mine", "-cd", "own")
 
 
+def test_a_command_without_presets_takes_those_of_the_user(capsys, monkeypatch, tmp_path):
+    configs: list[IndexConfig] = []
+    monkeypatch.setattr("largebatch.commands.index.run", configs.append)
+    (tmp_path / "own/index").mkdir(parents=True)
+    (tmp_path / "own/index/mine.yaml").write_text("# @package _global_\nworkers: 3\n")
+    assert app.main(["index", "mine", "shards=a", "-cd", "own"]) == 0
+    assert configs == [IndexConfig(shards=["a"], workers=3)]
+    assert "'mine' is not option=value, and index has no presets" in error_of(
+        capsys, "index", "mine"
+    )
+
+
 def test_a_sweep_gives_each_job_its_own_folder(trained):
     line = ["train", "-m", SOURCE, "temperature.value=0.02,0.05", "pooling=cls,mean"]
     assert app.main(line) == 0
@@ -233,6 +245,13 @@ def test_a_sweep_keeps_folders_that_differ_already(trained):
     trained.clear()
     assert app.main(["train", "-m", SOURCE, "temperature.value=0.02,0.05", "output_dir=mine"]) == 0
     assert trained[1].output_dir == "mine/temperature.value=0.05"
+
+
+def test_a_sweep_gives_an_export_without_a_folder_one(monkeypatch):
+    configs: list[ExportConfig] = []
+    monkeypatch.setattr("largebatch.commands.export.run", configs.append)
+    assert app.main(["export", "-m", "run=r", "checkpoint=1,2"]) == 0
+    assert [config.output_dir for config in configs] == ["checkpoint=1", "checkpoint=2"]
 
 
 def test_no_job_of_a_sweep_starts_if_one_is_wrong(capsys, trained):
@@ -337,8 +356,6 @@ def test_cfg_shows_the_config(capsys):
     assert "output_dir: runs/x\n" in capsys.readouterr().out
     assert app.main(["train", "--cfg", "job", "--package", "pooling"]) == 0
     assert capsys.readouterr().out == "mode: null\nnormalize: null\n"
-    assert app.main(["train", "--cfg", "hydra"]) == 0
-    assert "sweeper" in capsys.readouterr().out
     assert app.main(["train", "quickstart", "--info", "defaults"]) == 0
     assert "experiment/quickstart" in capsys.readouterr().out
     assert app.main(["train", "quickstart", "--info", "all", "name=x"]) == 0

@@ -85,7 +85,11 @@ def test_what_a_reference_stands_for_stays_as_it_is():
         config = config_of("train", *own, change)
         assert (config.eval.dev, config.eval.test) == ({"a": "x"}, expected)
     own = [SOURCE, "data.sources.mine.weight=1", "data.sources.b=${data.sources.mine}"]
-    for change in ("data.sources.b.weight=3", "data.sources.b={weight: 3}"):
+    for change in (
+        "data.sources.b.weight=3",
+        "data.sources.b={weight: 3}",
+        "+data.sources={b: {weight: 3}}",
+    ):
         sources = config_of("train", *own, change).data.sources
         assert [(one.urls, one.weight) for one in sources.values()] == [
             (["shards/"], 1),
@@ -99,6 +103,8 @@ def test_what_a_reference_stands_for_stays_as_it_is():
         (["eval.test=${name}"], "eval.test must be a mapping, such as {name: value}, and what it"),
         (["data.sources.b=${name}"], "data.sources.b must be a group of options"),
         (["text=${optim}"], "text must be a group of options"),
+        (["optim.lr=${name}"], "optim.lr must be a number, and what it refers to is run"),
+        (["data.curriculum=${optim}"], "data.curriculum must be a group of options (from_step, "),
         (["eval.test=${name}", "eval.test.a=x"], "eval.test=run must be a mapping"),
         (["eval.test=${name}", "+eval.test={a: x}"], "eval.test=run must be a mapping"),
         (["text=${name}", "text.query_prompt=x"], "text=run must be a group of options"),
@@ -109,6 +115,13 @@ def test_a_reference_to_something_else_is_told(line, told):
     with pytest.raises(UserError) as caught:
         config_of("train", SOURCE, *line)
     assert str(caught.value).startswith(told)
+
+
+def test_a_literal_dollar_and_brace_stay_so():
+    prompt = "text.query_prompt='a \\${ b'"
+    assert config_of("train", SOURCE, prompt).text.query_prompt == "a ${ b"
+    with pytest.raises(UserError, match=r"=a \$\{ b: .* write \\\$\{ for a literal"):
+        config_of("train", SOURCE, "text.query_prompt='a ${ b'")
 
 
 def test_entries_and_whole_mappings_are_removed():

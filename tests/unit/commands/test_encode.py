@@ -211,7 +211,7 @@ def test_names_a_missing_file_model_or_device(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^output=.* is a folder"):
         run(config)
     config.output = str(path / "below" / "out.npy")
-    with pytest.raises(UserError, match=r"^output=.* its folder can't be made"):
+    with pytest.raises(UserError, match=r"out\.npy can't be written: "):
         run(config)
     config.output = str(tmp_path / "out.parquet")
     with pytest.raises(UserError, match=r"^output=.*out\.parquet': .* NumPy's \.npy"):

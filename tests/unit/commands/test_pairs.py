@@ -120,8 +120,10 @@ def test_folder_of_something_else_is_left_alone(packages):
     other = packages.parent / "other"
     other.mkdir()
     (other / "thesis.txt").touch()
-    with pytest.raises(UserError, match="other holds something else"):
+    with pytest.raises(UserError, match="other' holds something else"):
         command.run(make_config(packages, output_dir=str(other), overwrite=True))
+    with pytest.raises(UserError, match=r"thesis\.txt' holds something else"):
+        command.run(make_config(packages, output_dir=str(other / "thesis.txt")))
     assert (other / "thesis.txt").exists()
 
 

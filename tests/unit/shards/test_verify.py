@@ -34,7 +34,7 @@ def write_shards(folder, layout):
 
 
 def problems_of(folder, **fields):
-    return verify(folder, fields=fields, on_bytes=lambda _: None)
+    return verify(folder, ShardIndex.load(folder), fields=fields, on_bytes=lambda _: None)
 
 
 def index_of(*paths, **options):
@@ -189,7 +189,8 @@ def test_good_shards_have_no_problems(shards):
 
 def test_shards_are_checked_by_several_processes(samples):
     (samples / "shard-000001.tar").unlink()
-    problems = verify(samples, fields={"document": "body"}, workers=2, on_bytes=lambda _: None)
+    index, fields = ShardIndex.load(samples), {"document": "body"}
+    problems = verify(samples, index, fields=fields, workers=2, on_bytes=lambda _: None)
     assert [problem.partition(": ")[0].rpartition("/")[2] for problem in problems] == [
         "shard-000000.tar",
         "shard-000001.tar is missing",
@@ -269,7 +270,12 @@ def test_ids_that_repeat_are_counted_over_all_shards_and_are_no_problem(tmp_path
         for i in range(25):
             writer.write(Record(f"q{i}", f"d{i}", [], "s", str(i if i < 20 else i - 20)))
     found = verify(
-        tmp_path, fields={}, workers=workers, on_bytes=lambda _: None, on_note=notes.append
+        tmp_path,
+        ShardIndex.load(tmp_path),
+        fields={},
+        workers=workers,
+        on_bytes=lambda _: None,
+        on_note=notes.append,
     )
     assert found == []
     (note,) = notes

@@ -1,12 +1,14 @@
-"""The progress bars of the commands that read files."""
+"""What commands print: lines, tables and progress bars."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     TaskProgressColumn,
@@ -14,8 +16,23 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 _ROWS_PER_UPDATE = 1000
+
+
+def make_console() -> Console:
+    """Return what prints texts as they are, in lines that a terminal may wrap."""
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def make_table(*columns: str, texts: Collection[str] = (), title: str | None = None) -> Table:
+    """Return a table of numbers; its first column, and those of `texts`, hold text."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        is_text = number == 0 or column in texts
+        table.add_column(column, justify="left" if is_text else "right")
+    return table
 
 
 class Advance(NamedTuple):
@@ -31,13 +48,14 @@ class Advance(NamedTuple):
 def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar of bytes until the context ends; gives a function that moves it on."""
     with _progress(DownloadColumn()) as progress:
-        task = progress.add_task(title, total=total)
+        yield _advance(progress, title, total)
 
-        def on_bytes(num_bytes: int) -> None:
-            progress.start()
-            progress.advance(task, num_bytes)
 
-        yield on_bytes
+@contextmanager
+def count_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar of things until the context ends; gives a function that moves it on."""
+    with _progress(MofNCompleteColumn()) as progress:
+        yield _advance(progress, title, total)
 
 
 @contextmanager
@@ -78,3 +96,13 @@ def _progress(*columns: ProgressColumn) -> Iterator[Progress]:
     finally:
         if progress.live.is_started:
             progress.stop()
+
+
+def _advance(progress: Progress, title: str, total: int) -> Callable[[int], None]:
+    task = progress.add_task(title, total=total)
+
+    def advance(number: int) -> None:
+        progress.start()
+        progress.advance(task, number)
+
+    return advance
