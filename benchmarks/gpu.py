@@ -144,7 +144,7 @@ def bench_row(packing: str, case: dict[str, Any]) -> str:
     return (
         f"| {packing} | {keep} | {get('tokens_per_chunk'):,} | {get('pairs_per_s'):,.0f} | "
         f"{get('tokens_per_s'):,.0f} | {peak} | {get('useful_share_of_matmul'):.0%} | "
-        f"{get('paid_share_of_matmul'):.0%} | {get('units'):.2f} | {get('memory_gib'):.2f} | "
+        f"{get('paid_share_of_matmul'):.0%} | {get('forwards'):.2f} | {get('memory_gib'):.2f} | "
         f"{get('padding_share'):.1%} |"
     )
 

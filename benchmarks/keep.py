@@ -81,10 +81,10 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
     peak_mib = peak_memory_gib(device) * 1024
     _, chunks = encoder.make_chunks(both, options.tokens_per_chunk)
     held = graph_bytes(encoder, chunks[0], list(encoder.parameters())) / chunks[0].num_tokens
-    kept_tokens = (4 - report.work.units) * report.work.num_padded_tokens
+    kept_tokens = (4 - report.work.forwards) * report.work.num_padded_tokens
     return {
         "seconds": seconds,
-        "units": report.work.units,
+        "forwards": report.work.forwards,
         "held_mib": held * kept_tokens / 2**20,
         "peak_mib": peak_mib,
     }

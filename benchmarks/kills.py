@@ -18,7 +18,7 @@ from kills import GLOBAL_BATCH, Outcome, run_with_kills
 
 
 def main() -> None:
-    """Run, compare, and print what happened."""
+    """LengthGroup, compare, and print what happened."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -38,7 +38,7 @@ def report(outcome: Outcome, batches: str) -> str:
         f"{len(kills)} kills of a run of {outcome.num_steps:,} steps of {GLOBAL_BATCH} pairs "
         f"({batches}), {outcome.wall_s:,.0f} s with all its starts. {outcome.repeated:,} steps "
         f"were taken more than once. {outcome.notes:,} notes of a rank's part of a step: all as in "
-        f"the undisturbed run, and so are the {outcome.num_holes:,} holes. "
+        f"the undisturbed run, and so are the {outcome.num_skipped:,} holes. "
         f"After a kill, all other processes had ended within "
         f"{max(kill.ending_s for kill in kills):.1f} s.",
         "",

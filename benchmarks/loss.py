@@ -93,9 +93,9 @@ def measure(
         """Return seconds of both passes and the mean loss; note the memory beyond."""
         nonlocal beyond_mib
         generator = torch.Generator().manual_seed(0)
-        documents = unit_rows(m, generator)
+        documents = rows_per_draw(m, generator)
         # Queries near their documents, made a few rows at a time: no copies that the peak hides in.
-        queries = unit_rows(b, generator)
+        queries = rows_per_draw(b, generator)
         for rows in range(0, b, 4096):
             near = queries[rows : rows + 4096] + documents[rows : rows + 4096][: b - rows]
             queries[rows : rows + 4096] = torch.nn.functional.normalize(near.float())
@@ -137,7 +137,7 @@ def measure(
         beyond_mib = peak_memory_gib(cpu) * 1024 - held - gradients / MIB
         return middle - start, end - middle, loss_sum.item() / b
 
-    def unit_rows(number: int, generator: torch.Generator) -> torch.Tensor:
+    def rows_per_draw(number: int, generator: torch.Generator) -> torch.Tensor:
         rows = torch.empty(number, width, dtype=getattr(torch, options.dtype))
         for part in rows.split(4096):
             random = torch.randn(part.shape, generator=generator)

@@ -43,7 +43,7 @@ def main() -> None:
     for pairs in options.pairs:
         texts = random_texts(pairs, len(encoder.tokenizer))
         for budget in options.tokens_per_chunk:
-            print(measure(encoder, texts, pairs, budget, options.rounds, options.most_tokens))
+            print(measure(encoder, texts, pairs, budget, options.rounds, options.max_tokens))
 
 
 def load(model: str) -> Encoder:
@@ -79,7 +79,7 @@ def random_texts(pairs: int, vocabulary: int) -> Texts:
 
 
 def measure(
-    encoder: Encoder, texts: Texts, pairs: int, budget: int, rounds: int, most_tokens: int
+    encoder: Encoder, texts: Texts, pairs: int, budget: int, rounds: int, max_tokens: int
 ) -> str:
     """Return a row of the table."""
     work = {}
@@ -91,7 +91,7 @@ def measure(
             chunks = [*pad_chunks(texts, plan, pad_id=0, device=encoder.device, multiple=8)]
         padded = sum(chunk.num_tokens for chunk in chunks)
         # Evenly spread chunks, so that a pass over a large batch is short.
-        every = max(1, -(-padded // most_tokens))
+        every = max(1, -(-padded // max_tokens))
         work[name] = (chunks[::every], padded / int(texts.lengths.sum()) - 1)
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for round_ in range(rounds + 1):

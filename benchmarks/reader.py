@@ -50,7 +50,7 @@ def main() -> None:
         for name, count in counts.items():
             print(f"{name:14s} {count:>8,} records", flush=True)
         print_bytes(folder)
-        measure(folder, sum(counts.values()), runs=options.runs, energon=options.energon_python)
+        measure(folder, sum(counts.values()), runs=options.groups, energon=options.energon_python)
 
 
 def build(pairs: Path, folder: Path, *, most: int) -> dict[str, int]:

@@ -460,7 +460,7 @@ def main() -> None:
         try_faults()
         return
     if options.starts:
-        compare_starts(options.runs)
+        compare_starts(options.groups)
         return
     if options.child:
         read_and_let_child_read(*options.child)
@@ -478,7 +478,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {case: [] for case in CASES if options.only in case}
     with server_process("files") as files, server_process("moto") as moto:
         # Round after round, so that a busy machine is no library's bad luck.
-        for case in list(runs) * options.runs:
+        for case in list(runs) * options.groups:
             server = CASES[case][1]
             url = f"{files}/bucket/a.tar" if server == "http" else "s3://bucket/a.tar"
             endpoint = {"AWS_ENDPOINT_URL": moto if server == "moto" else files}

@@ -176,13 +176,13 @@ def measure_allocated(folder: Path, global_batch: int, mixed: bool) -> dict[str,
     """Return the memory that sources and schedule hold."""
     tracemalloc.start()
     sources = load_sources(folder)
-    held_by_sources, most_while_loading = tracemalloc.get_traced_memory()
+    held_by_sources, max_while_loading = tracemalloc.get_traced_memory()
     schedule = build(sources, global_batch, mixed)
     for step in range(TIMED_STEPS):
         schedule.rows(step, range(global_batch))
     held, _ = tracemalloc.get_traced_memory()
     return {
-        "allocated while loading, at most, MiB": f"{most_while_loading / MIB:,.0f}",
+        "allocated while loading, at most, MiB": f"{max_while_loading / MIB:,.0f}",
         "allocated by the sources, MiB": f"{held_by_sources / MIB:,.0f}",
         f"allocated by the schedule after {TIMED_STEPS} steps, MiB": (
             f"{(held - held_by_sources) / MIB:,.0f}"

@@ -10,6 +10,7 @@ from torch import Tensor
 from largebatch.config.data import LossOptions
 
 IntArray = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
 
 
 class Texts(NamedTuple):
@@ -57,7 +58,7 @@ class Texts(NamedTuple):
         return np.repeat(self.starts[rows] - begin, lengths) + np.arange(int(lengths.sum()))
 
 
-class Hole(NamedTuple):
+class SkippedRow(NamedTuple):
     """One row of a global batch that is left out, since its record can't be used."""
 
     step: int
@@ -97,13 +98,13 @@ class RankBatch(NamedTuple):
     """`b` pairs: the segment of the source that a record is in, and its number there."""
     num_truncated: int = 0
     """How many texts were cut at their side's maximum number of tokens."""
-    num_holes: int = 0
+    num_skipped: int = 0
     """Rows of this rank's part that are missing, since their records can't be used."""
-    new_holes: Sequence[Hole] = ()
+    newly_skipped: Sequence[SkippedRow] = ()
     """Those of them that no earlier process of the run has noted."""
 
 
-class Run(NamedTuple):
+class LengthGroup(NamedTuple):
     """Texts of one length that lie side by side in a packed chunk."""
 
     num_texts: int
@@ -118,7 +119,7 @@ class Packing(NamedTuple):
     """`[1, T]` int64, counted from each text's beginning."""
     boundaries: Tensor
     """`[n + 1]` int32, where each text begins, and T."""
-    runs: tuple[Run, ...]
+    groups: tuple[LengthGroup, ...]
     """The texts' lengths, longest first, on the host."""
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import psutil
 from cli import TINY_MODEL, Running, running, write_retrieval_set
 
-from largebatch.data.holes import read_holes
+from largebatch.data.skipped import read_skipped
 from largebatch.shards.records import Record
 from largebatch.shards.write import ShardWriter
 from largebatch.world import part_of_rank
@@ -58,7 +58,7 @@ class Outcome(NamedTuple):
 
     kills: list[Kill]
     num_steps: int
-    num_holes: int
+    num_skipped: int
     notes: int
     """Lines that ranks wrote, all of them equal to their part of the undisturbed batch."""
     repeated: int
@@ -314,4 +314,4 @@ def compare(output: Path, undisturbed: Log) -> tuple[int, int]:
 
 def places_of_holes(output: Path) -> set[tuple[int, int]]:
     """Return step and row of each hole."""
-    return {(hole.step, hole.row) for hole in read_holes(output / "holes")}
+    return {(hole.step, hole.row) for hole in read_skipped(output / "skipped")}

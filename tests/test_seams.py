@@ -83,7 +83,7 @@ class TripletLoss(EmbeddingObjective):
     def gathered_sides(self, options):
         return ()
 
-    def evaluate(self, batch):
+    def compute(self, batch):
         margin = getattr(batch.options, "margin", None)
         owners = torch.repeat_interleave(torch.from_numpy(batch.negative_counts))
         sums = self.of_rows(
@@ -111,7 +111,7 @@ class PairwiseSigmoid(EmbeddingObjective):
     def gathered_sides(self, options):
         return ("document",)
 
-    def evaluate(self, batch):
+    def compute(self, batch):
         own = batch.first_gathered + torch.arange(len(batch.queries_bd))
         return batch.mean_over_rows(self.of_rows(batch.queries_bd, batch.gathered_md, own), {})
 

@@ -85,7 +85,7 @@ def chunk_lengths(chunks: Iterable[Chunk]) -> list[int]:
         if chunk.packing is None:
             lengths += [chunk.input_ids.shape[1]] * chunk.input_ids.shape[0]
         else:
-            for run in chunk.packing.runs:
+            for run in chunk.packing.groups:
                 lengths += [run.length] * run.num_texts
     return lengths
 

@@ -56,7 +56,7 @@ class _Group(NamedTuple):
     num_chunks: float
     useful_flops: float
     paid_flops: float
-    units: float
+    forwards: float
     """Per step, weighted by ranks' FLOPs."""
     memory_gib: float
     """Of the rank that held most."""
@@ -163,9 +163,9 @@ class _Case:
             sum(work.num_padded_tokens for work in works),
             sum(work.num_chunks for work in works),
             sum(one.useful for one in flops),
-            sum(one.paid(work.units) for one, work in zip(flops, works, strict=True)),
+            sum(one.paid(work.forwards) for one, work in zip(flops, works, strict=True)),
             forward,
-            sum(one.forward * work.units for one, work in zip(flops, works, strict=True)),
+            sum(one.forward * work.forwards for one, work in zip(flops, works, strict=True)),
         ]
         total = self._sum(sums)
         num_phases, size = len(PHASES), self.collectives.world.size
@@ -181,7 +181,7 @@ class _Case:
             num_chunks=chunks,
             useful_flops=useful,
             paid_flops=paid,
-            units=weighted / forward,
+            forwards=weighted / forward,
             memory_gib=self._max(memory_gib),
         )
 
@@ -246,7 +246,7 @@ class _Case:
             "paid_flops_per_s": paid_per_s,
             "useful_share_of_matmul": useful_per_s / rate,
             "paid_share_of_matmul": paid_per_s / rate,
-            "units": middle.units,
+            "forwards": middle.forwards,
             "memory_gib": max(group.memory_gib for group in groups),
             "memory_before_gib": before_gib,
             "padding_share": 1 - middle.num_encoded_tokens / max(middle.num_padded_tokens, 1),

@@ -66,7 +66,7 @@ def speed_table(rows: Sequence[Row]) -> "Table":
     """Return a row per case: speed, share of what the machine can do, memory."""
     table = _table("speed and memory")
     for heading in (
-        "pairs/s", "tokens/s", "MFU", "useful", "paid", "units", "GiB", "padding", "repeated",
+        "pairs/s", "tokens/s", "MFU", "useful", "paid", "forwards", "GiB", "padding", "repeated",
     ):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
@@ -81,7 +81,7 @@ def speed_table(rows: Sequence[Row]) -> "Table":
             "-" if get("mfu") is None else f"{get('mfu'):.1%}",
             f"{get('useful_share_of_matmul'):.0%}",
             f"{get('paid_share_of_matmul'):.0%}",
-            f"{get('units'):.2f}",
+            f"{get('forwards'):.2f}",
             f"{get('memory_gib'):.2f}",
             f"{get('padding_share'):.1%}",
             f"{get('repeated_share'):.1%}",

@@ -12,13 +12,13 @@ from rich.text import Text
 from largebatch.cli.console import make_console, make_table
 from largebatch.commands.run_data import open_run_data
 from largebatch.config.tools import DataShowConfig
-from largebatch.data.holes import rows_by_step
 from largebatch.data.preview import ShownRow, ShownText, as_json, read_batch
 from largebatch.data.reader import Reader
+from largebatch.data.skipped import rows_by_step
 from largebatch.data.stream import text_at
 from largebatch.errors import UserError
 from largebatch.order.schedule import Schedule
-from largebatch.train.build import build_schedule, text_phases
+from largebatch.train.build import build_schedule, text_changes
 
 WITHOUT_TOKENS_CHARS = 2000
 """Characters of a text that are printed where it is not known how much of it is used."""
@@ -38,7 +38,7 @@ def run(config: DataShowConfig) -> None:
     if config.step > data.num_steps:
         raise UserError(
             f"step={config.step} is never trained on: the sources give {data.num_steps:,} batches "
-            f"within {config.data.told_epochs()}"
+            f"within {config.data.epoch_options()}"
         )
     for note in data.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -49,16 +49,16 @@ def run(config: DataShowConfig) -> None:
         schedule,
         buffer_bytes=config.data.buffer_mib * 2**20,
         skip_faults=True,
-        known_holes=rows_by_step(data.known_holes),
+        known_skipped=rows_by_step(data.known_skipped),
     )
     rows = read_batch(
         step,
         reader,
-        text=text_at(text_phases(data.text, config.data.curriculum), step),
+        text=text_at(text_changes(data.text, config.data.curriculum), step),
         tokenizer=data.tokenizer,
         ranks=config.hardware.ranks,
         workers=config.data.workers,
-        known_holes=data.known_holes,
+        known_skipped=data.known_skipped,
     )
     shown = choose_rows(rows, config.rows)
     try:
@@ -120,10 +120,10 @@ def _print(
 
 def _mix_table(config: DataShowConfig, schedule: Schedule, rows: Sequence[ShownRow]) -> Table:
     table = make_table(
-        "source", "rows", "share", "holes", "share up to here", "wanted", "epochs up to here"
+        "source", "rows", "share", "skipped", "share up to here", "wanted", "epochs up to here"
     )
     counts = Counter(row.source for row in rows)
-    holes = Counter(row.source for row in rows if row.hole)
+    holes = Counter(row.source for row in rows if row.skipped)
     given = schedule.rows_given(config.step)
     shares, epochs = schedule.shares(config.step - 1), schedule.epochs(config.step)
     for number, source in enumerate(schedule.sources):
@@ -152,7 +152,7 @@ def _summary(config: DataShowConfig, rows: Sequence[ShownRow]) -> list[str]:
             cut = sum(text.is_cut for text in texts)
             line += f"  {used:>10,} tokens  {cut:>8,} cut at {limit} ({cut / len(texts):.1%})"
         lines.append(line)
-    if kinds := Counter(row.hole.kind for row in rows if row.hole):
+    if kinds := Counter(row.skipped.kind for row in rows if row.skipped):
         found = ", ".join(f"{number:,} {kind}" for kind, number in kinds.items())
         what = (
             "the run ends here: data.on_fault=fail"
@@ -170,8 +170,8 @@ def _describe(row: ShownRow) -> list[Text]:
         Text.assemble((f"row {row.row}  {name}", "bold"), f"  (rank {row.rank}{worker})"),
         Text(f"  {row.shard}, segment {row.segment} of the source, record {row.record}", "dim"),
     ]
-    if row.hole:
-        lines.append(Text(f"  HOLE ({row.hole.kind}): {printable(row.hole.reason)}", "red"))
+    if row.skipped:
+        lines.append(Text(f"  HOLE ({row.skipped.kind}): {printable(row.skipped.reason)}", "red"))
     if row.query and row.document:
         lines += _show_text("query", row.query) + _show_text("document", row.document)
     for number, negative in enumerate(row.negatives, start=1):

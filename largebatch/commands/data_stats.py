@@ -27,8 +27,8 @@ from largebatch.curate.statistics import (
     source_shares,
 )
 from largebatch.files import write_text, writing
-from largebatch.shards.ids import RepeatedIds, tell_repeated
-from largebatch.train.build import text_phases
+from largebatch.shards.ids import RepeatedIds, describe_repeated
+from largebatch.train.build import text_changes
 
 EXAMPLE_CHARS = 160
 """Characters of an example's texts that are printed; stats.json has the whole texts."""
@@ -126,7 +126,7 @@ def _sample(config: DataStatsConfig, data: RunData) -> list[SourceSample]:
         return [
             sample_source(
                 source,
-                most_records=config.sample,
+                max_records=config.sample,
                 text=data.text,
                 tokenizer=data.tokenizer,
                 num_examples=config.examples,
@@ -145,7 +145,7 @@ def _limits(config: DataStatsConfig, data: RunData) -> list[dict[str, int]]:
             "document": phase.text.document_max_tokens,
             "negative": phase.text.document_max_tokens,
         }
-        for phase in text_phases(data.text, config.data.curriculum)
+        for phase in text_changes(data.text, config.data.curriculum)
     ]
 
 
@@ -181,7 +181,7 @@ def _print(
     for name, source in sources.items():
         repeated = RepeatedIds(*source["repeated_ids"].values())
         if repeated.num_ids and not config.data.sources[name].mask_same_id:
-            console.print(f"{name}: {tell_repeated(repeated, source['usable'], source=name)}")
+            console.print(f"{name}: {describe_repeated(repeated, source['usable'], source=name)}")
     for name, source in sources.items():
         for kind, fault in source["unusable"].items():
             console.print(

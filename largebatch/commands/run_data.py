@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from largebatch.batch import Hole
+from largebatch.batch import SkippedRow
 from largebatch.config import TrainConfig
-from largebatch.data.holes import read_holes
+from largebatch.data.skipped import read_skipped
 from largebatch.data.source import Source
 from largebatch.data.text import TextSettings, lower_texts
 from largebatch.errors import UserError
@@ -29,7 +29,7 @@ class RunData(NamedTuple):
     """Where records come from, also those that are not there."""
     schedule: Schedule | None
     """Which record is in which batch; None if the sources are too small for one, as a note says."""
-    known_holes: list[Hole]
+    known_skipped: list[SkippedRow]
     """What the run has noted as unusable so far."""
     text: TextSettings
     """Prompts and lengths."""
@@ -62,11 +62,12 @@ def open_run_data(config: TrainConfig) -> RunData:
         if schedule.num_steps is not None and schedule.num_steps < num_steps:
             num_steps = schedule.num_steps
             notes.append(
-                f"the sources give {num_steps:,} batches within {config.data.told_epochs()}, fewer "
-                f"than max_steps={config.max_steps}: `largebatch train` will refuse this config"
+                f"the sources give {num_steps:,} batches within {config.data.epoch_options()}, "
+                f"fewer than max_steps={config.max_steps}: `largebatch train` will refuse this "
+                "config"
             )
     text, tokenizer = _find_text(config, folder / "backbone", notes)
-    holes = read_holes(folder / "holes")
+    holes = read_skipped(folder / "skipped")
     return RunData(sources, schedule, holes, text, tokenizer, num_steps, notes)
 
 

@@ -6,7 +6,7 @@ from largebatch.cli.console import make_console, row_progress
 from largebatch.config import ShardConfig
 from largebatch.curate.convert import Counts, convert
 from largebatch.curate.rows import find_inputs
-from largebatch.shards.ids import tell_repeated
+from largebatch.shards.ids import describe_repeated
 
 
 def run(config: ShardConfig) -> None:
@@ -33,7 +33,7 @@ def run(config: ShardConfig) -> None:
         counts = convert(config, inputs, on_bytes=advance.on_bytes, on_row=advance.on_row)
     console.print(_table(counts))
     if counts.repeated_ids.num_ids:
-        console.print(f"note: {tell_repeated(counts.repeated_ids, counts.written)}")
+        console.print(f"note: {describe_repeated(counts.repeated_ids, counts.written)}")
     if counts.unread_columns:
         columns = ", ".join(counts.unread_columns)
         console.print(f"columns that JSON has no values for, not kept: {columns}")

@@ -105,7 +105,7 @@ class DataConfig:
     """Changes of weights and lengths over the run, in the order of from_step."""
     on_fault: str = "fail"
     """What a shard or record that can't be used does. fail: ends the run, and says where it is;
-    skip: leaves its place in the batch empty, and notes it in the run folder's holes/."""
+    skip: leaves its place in the batch empty, and notes it in the run folder's skipped/."""
     max_skipped_share: float = 0.001
     """on_fault=skip only: the run ends once more than this share of its pairs so far (counted as
     a million at least, since one bad segment holds a thousand) were skipped."""
@@ -157,7 +157,7 @@ class DataConfig:
         self._check_curriculum(faults)
         faults.finish()
 
-    def told_epochs(self) -> str:
+    def epoch_options(self) -> str:
         """Return the options that end sources, as in `data.sources.mine.epochs=2.0`."""
         limited = {name: source.epochs for name, source in self.sources.items() if source.epochs}
         return " and ".join(f"data.sources.{name}.epochs={n:g}" for name, n in limited.items())

@@ -237,18 +237,18 @@ class HardwareConfig:
 
 
 def longer_than(
-    curriculum: Iterable[CurriculumConfig], most_tokens: Mapping[str, int | None]
+    curriculum: Iterable[CurriculumConfig], max_tokens: Mapping[str, int | None]
 ) -> list[str]:
     """Return what is wrong with lengths of a curriculum: those beyond what the model takes.
 
     Args:
         curriculum: The phases of a run.
-        most_tokens: The model's query_max_tokens and document_max_tokens, None where not known yet.
+        max_tokens: The model's query_max_tokens and document_max_tokens, None where not known yet.
     """
     found = []
     for phase in curriculum:
         for option in ("query_max_tokens", "document_max_tokens"):
-            now, most = getattr(phase, option), most_tokens[option]
+            now, most = getattr(phase, option), max_tokens[option]
             if now is not None and most is not None and now > most:
                 found.append(
                     f"data.curriculum.*.{option}={now} is more than text.{option}={most}; raise "

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from largebatch.curate import minhash
-from largebatch.curate.minhash import Bands, Hashes, Rows, Signatures
+from largebatch.curate.minhash import Bands, Signatures, TextHashes, UInt64Array
 from largebatch.curate.textfile import TextFile, TextFileWriter
 from largebatch.evaluate.beir import load_retrieval_set
 from largebatch.files import write_array
@@ -80,7 +80,7 @@ class NearSettings(NamedTuple):
 class Table(NamedTuple):
     """Which evaluation texts have a hash: sorted, one row per text and hash."""
 
-    hashes: Hashes
+    hashes: UInt64Array
     """`[n]`, ascending."""
     texts: npt.NDArray[np.uint32]
     """`[n]`, numbers of texts; ascending among equal hashes."""
@@ -152,7 +152,7 @@ class EvaluationIndex:
         self._filters = {n: _Filter(table.hashes) for n, table in self._runs.items()}
 
     def find(
-        self, normalized: Sequence[str], words: Rows, signatures: Signatures | None
+        self, normalized: Sequence[str], words: TextHashes, signatures: Signatures | None
     ) -> dict[int, Match]:
         """Return the contaminated ones among texts, by their places in `normalized`.
 
@@ -169,7 +169,7 @@ class EvaluationIndex:
             _keep_first(found, row, match)
         return found
 
-    def _same(self, normalized: Sequence[str], words: Rows) -> list[tuple[int, Match]]:
+    def _same(self, normalized: Sequence[str], words: TextHashes) -> list[tuple[int, Match]]:
         wholes = minhash.hash_whole(words)
         matches = []
         for row, entry in _lookup(self._whole, wholes):
@@ -198,7 +198,7 @@ class EvaluationIndex:
                 matches.append((row, self._match("near", text, value)))
         return matches
 
-    def _held(self, normalized: Sequence[str], words: Rows) -> list[tuple[int, Match]]:
+    def _held(self, normalized: Sequence[str], words: TextHashes) -> list[tuple[int, Match]]:
         matches = []
         runs = words.hashes
         for size in range(2, MAX_RUN_WORDS + 1):
@@ -229,13 +229,13 @@ class EvaluationIndex:
 class _Filter:
     """A Bloom filter with one hash: tells most runs that are surely in no evaluation text."""
 
-    def __init__(self, hashes: Hashes) -> None:
+    def __init__(self, hashes: UInt64Array) -> None:
         bits = max(20, (_FILTER_BITS_PER_RUN * len(hashes)).bit_length())
         self._shift = np.uint64(64 - bits)
         self._there = np.zeros(1 << bits, np.bool_)
         self._there[hashes >> self._shift] = True
 
-    def maybe(self, hashes: Hashes) -> npt.NDArray[np.intp]:
+    def maybe(self, hashes: UInt64Array) -> npt.NDArray[np.intp]:
         return np.flatnonzero(self._there[hashes >> self._shift])
 
 
@@ -273,7 +273,7 @@ def _tables_of(
     return tables
 
 
-def _lookup(table: Table, hashes: Hashes, *, at_most: int = 1 << 30) -> list[tuple[int, int]]:
+def _lookup(table: Table, hashes: UInt64Array, *, at_most: int = 1 << 30) -> list[tuple[int, int]]:
     """Return pairs of a place in `hashes` and an entry of the table with the same hash."""
     begins = np.searchsorted(table.hashes, hashes, side="left")
     there = begins < len(table.hashes)

@@ -46,8 +46,8 @@ from largebatch.curate.dedup_report import (
     SourceCounts,
 )
 from largebatch.curate.dedup_workers import (
-    Part,
     Settings,
+    SourceSegment,
     Workers,
     compare,
     full_records,
@@ -55,7 +55,7 @@ from largebatch.curate.dedup_workers import (
     sketch,
 )
 from largebatch.curate.duplicates import Numbers
-from largebatch.curate.minhash import Hashes
+from largebatch.curate.minhash import UInt64Array
 from largebatch.curate.textfile import TextFileWriter
 from largebatch.errors import UserError
 from largebatch.files import remove, reserve, writing
@@ -132,7 +132,9 @@ def check_output(config: DedupConfig) -> None:
 class _Run:
     """The state that the steps share."""
 
-    def __init__(self, config: DedupConfig, parts: list[Part], scratch: Path, stage: Stage) -> None:
+    def __init__(
+        self, config: DedupConfig, parts: list[SourceSegment], scratch: Path, stage: Stage
+    ) -> None:
         self._config = config
         self._parts = parts
         self._scratch = scratch
@@ -206,7 +208,7 @@ class _Run:
         numbers = self._kept()
         with self._stage("sorting bands", len(self._bands)) as advance:
 
-            def bands() -> Iterator[Hashes]:
+            def bands() -> Iterator[UInt64Array]:
                 assert self._bands is not None
                 for band in self._bands:
                     yield band[numbers]
@@ -325,7 +327,7 @@ class _Run:
         ).tolist()
         return counted
 
-    def _tasks(self, numbers: Numbers) -> Iterator[tuple[Part, list[int]]]:
+    def _tasks(self, numbers: Numbers) -> Iterator[tuple[SourceSegment, list[int]]]:
         """Yield the parts that hold some of the records, ascending, with their rows there."""
         part_of = np.searchsorted(self._part_firsts, numbers, side="right") - 1
         places = np.searchsorted(part_of, np.arange(len(self._parts) + 1))
@@ -335,7 +337,7 @@ class _Run:
             yield part, (here - part.first).tolist()
 
 
-def _parts(config: DedupConfig) -> list[Part]:
+def _parts(config: DedupConfig) -> list[SourceSegment]:
     """List the segments of all sources, with the numbers of their first records."""
     parts = []
     first = 0
@@ -343,6 +345,6 @@ def _parts(config: DedupConfig) -> list[Part]:
         shards = resolve_source(folders)
         for (url, shard), name in zip(shards, shard_names(shards), strict=True):
             for segment in shard.segments:
-                parts.append(Part(source, first, url, name, segment))
+                parts.append(SourceSegment(source, first, url, name, segment))
                 first += segment.num_records
     return parts

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from largebatch.curate import minhash
 from largebatch.curate.contamination import EvaluationIndex, NearSettings
 from largebatch.curate.convert import extra_fields
-from largebatch.curate.minhash import Bands, Hashes
+from largebatch.curate.minhash import Bands, UInt64Array
 from largebatch.curate.textfile import TextFile
 from largebatch.data.tables import Row
 from largebatch.errors import DataError
@@ -48,7 +48,7 @@ class Settings(NamedTuple):
         return minhash.choose_bands(self.near.threshold**2, self.near.num_hashes)
 
 
-class Part(NamedTuple):
+class SourceSegment(NamedTuple):
     """A segment of a source."""
 
     source: int
@@ -83,11 +83,11 @@ class Sketch(NamedTuple):
 
     first: int
     """Number of the first record."""
-    exact: Hashes
+    exact: UInt64Array
     """`[n, 2]`, a hash of both sides' normalized texts."""
-    sides: Hashes
+    sides: UInt64Array
     """`[2, n]`, a hash of each side's normalized text."""
-    bands: Hashes
+    bands: UInt64Array
     """`[n, num_bands]`, keys of pairs; no columns without `near`."""
     empty: npt.NDArray[np.int64]
     """Rows whose query or document is empty."""
@@ -137,7 +137,7 @@ class Workers:
             yield waiting.popleft().result()
 
 
-def sketch(part: Part) -> Sketch:
+def sketch(part: SourceSegment) -> Sketch:
     """Hash the records of a segment and look for evaluation texts in them.
 
     Raises DataError if the segment or one of its records can't be used, but for empty texts.
@@ -193,7 +193,7 @@ def sketch(part: Part) -> Sketch:
     )
 
 
-def normalized_texts(task: tuple[Part, list[int]]) -> list[str]:
+def normalized_texts(task: tuple[SourceSegment, list[int]]) -> list[str]:
     """Return the normalized query and document of some rows of a segment, one after another."""
     part, rows = task
     records = _read(part)
@@ -225,7 +225,7 @@ def compare(task: tuple[Path, npt.NDArray[np.int64]]) -> npt.NDArray[np.float64]
     return values
 
 
-def full_records(task: tuple[Part, list[int]]) -> list[tuple[Record, dict[str, Any]]]:
+def full_records(task: tuple[SourceSegment, list[int]]) -> list[tuple[Record, dict[str, Any]]]:
     """Return some rows of a segment, each with what it holds beyond a record."""
     part, rows = task
     records = _read(part)
@@ -253,7 +253,7 @@ def _begin(settings: Settings) -> None:
 _STATE: _State
 
 
-def _read(part: Part) -> SegmentRecords:
+def _read(part: SourceSegment) -> SegmentRecords:
     # Without a name of the source, so that records keep the one that they bear.
     return read_segment(
         part.url,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from largebatch.curate.minhash import Hashes
+from largebatch.curate.minhash import UInt64Array
 
 Numbers = npt.NDArray[np.int64]
 
@@ -30,7 +30,7 @@ class NearDuplicates(NamedTuple):
     """`[m]`, of the two."""
 
 
-def exact_duplicates(keys: Hashes, numbers: Numbers) -> tuple[Numbers, Numbers]:
+def exact_duplicates(keys: UInt64Array, numbers: Numbers) -> tuple[Numbers, Numbers]:
     """Return the duplicates among records, and for each the first record that it equals.
 
     Args:
@@ -48,7 +48,7 @@ def exact_duplicates(keys: Hashes, numbers: Numbers) -> tuple[Numbers, Numbers]:
     return duplicates[by_number], keepers[by_number]
 
 
-def near_candidates(bands: Iterable[Hashes], numbers: Numbers) -> Numbers:
+def near_candidates(bands: Iterable[UInt64Array], numbers: Numbers) -> Numbers:
     """Return the pairs `[m, 2]` of records that share the key of any band.
 
     The lower number of a pair comes first; pairs ascend by the higher one, then by the lower one.
@@ -84,7 +84,7 @@ def near_duplicates(
     )
 
 
-def _links(keys: Hashes) -> Hashes:
+def _links(keys: UInt64Array) -> UInt64Array:
     """Return `later << 32 | earlier` for the pairs of places whose keys are equal."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]

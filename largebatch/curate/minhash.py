@@ -1,6 +1,6 @@
 """Sets of word n-grams, their MinHash signatures, and the bands by which similar texts meet.
 
-Hashes only propose: whatever is dropped was compared by its words (`similarity`, `words_of`).
+UInt64Array only propose: whatever is dropped was compared by its words (`similarity`, `words_of`).
 
 1. A text is cut into words and marks (`split_words`), and each becomes 64 bits.
 2. Each run of `ngram_words` of them is one element of the text's set (its shingles).
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Hashes = npt.NDArray[np.uint64]
+UInt64Array = npt.NDArray[np.uint64]
 Signatures = npt.NDArray[np.uint32]
 
 MIN_RECALL = 0.99
@@ -35,10 +35,10 @@ _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\u
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
 
 
-class Rows(NamedTuple):
+class TextHashes(NamedTuple):
     """Hashes of several texts, one text after another."""
 
-    hashes: Hashes
+    hashes: UInt64Array
     """`[sum of the texts' numbers]`."""
     offsets: npt.NDArray[np.int64]
     """`[n + 1]`: text `i` has the hashes from `offsets[i]` up to `offsets[i + 1]`."""
@@ -91,7 +91,7 @@ def words_of(normalized: str) -> list[str]:
     return [word for word in split_words(normalized) if _is_word(word)]
 
 
-def hash_words(normalized: Sequence[str]) -> Rows:
+def hash_words(normalized: Sequence[str]) -> TextHashes:
     """Hash the words and marks of texts; the lowest bit tells words from marks."""
     if len(_VOCABULARY) > _MAX_VOCABULARY:
         _VOCABULARY.clear()
@@ -99,28 +99,28 @@ def hash_words(normalized: Sequence[str]) -> Rows:
     offsets = np.zeros(len(words) + 1, np.int64)
     np.cumsum([len(w) for w in words], out=offsets[1:])
     flat = map(_VOCABULARY.__getitem__, itertools.chain.from_iterable(words))
-    return Rows(np.fromiter(flat, np.uint64, int(offsets[-1])), offsets)
+    return TextHashes(np.fromiter(flat, np.uint64, int(offsets[-1])), offsets)
 
 
-def without_marks(rows: Rows) -> Rows:
+def without_marks(rows: TextHashes) -> TextHashes:
     """Return the words among words and marks."""
     is_word = (rows.hashes & np.uint64(1)).astype(bool)
     before = np.concatenate([[0], np.cumsum(is_word, dtype=np.int64)])
-    return Rows(rows.hashes[is_word], before[rows.offsets])
+    return TextHashes(rows.hashes[is_word], before[rows.offsets])
 
 
-def hash_whole(rows: Rows) -> Hashes:
+def hash_whole(rows: TextHashes) -> UInt64Array:
     """Return one hash per text, of all its words in order; 0 for a text without any."""
     lengths = rows.lengths
     powers = np.full(int(lengths.max(initial=0)) + 1, _BASE)
     np.multiply.accumulate(powers, out=powers)
     position = np.arange(len(rows.hashes)) - np.repeat(rows.offsets[:-1], lengths)
     before = np.concatenate([np.zeros(1, np.uint64), np.cumsum(rows.hashes * powers[position])])
-    wholes: Hashes = before[rows.offsets[1:]] - before[rows.offsets[:-1]]
+    wholes: UInt64Array = before[rows.offsets[1:]] - before[rows.offsets[:-1]]
     return wholes
 
 
-def next_run(runs: Hashes, hashes: Hashes, size: int) -> Hashes:
+def next_run(runs: UInt64Array, hashes: UInt64Array, size: int) -> UInt64Array:
     """Make the hashes of runs of `size` words from those of `size - 1`.
 
     `runs[i]` is the run that begins at word `i`; runs reach across the ends of texts, where the
@@ -130,7 +130,7 @@ def next_run(runs: Hashes, hashes: Hashes, size: int) -> Hashes:
     return runs[:num] * _BASE + hashes[size - 1 :]
 
 
-def ngrams(rows: Rows, size: int) -> Rows:
+def ngrams(rows: TextHashes, size: int) -> TextHashes:
     """Return the set of each text: a hash for each run of `size` words, with repetitions.
 
     Each text is padded at both ends, so that its first and last words are in as many runs as the
@@ -149,10 +149,10 @@ def ngrams(rows: Rows, size: int) -> Rows:
     for back in range(1, pad + 1):
         # Runs that begin in one text's last padding and reach into the next text.
         is_inside[begins[1:-1] - back] = False
-    return Rows(_mix(runs[is_inside]), rows.offsets + pad * np.arange(num_texts + 1))
+    return TextHashes(_mix(runs[is_inside]), rows.offsets + pad * np.arange(num_texts + 1))
 
 
-def sign(sets: Rows, num_hashes: int) -> Signatures:
+def sign(sets: TextHashes, num_hashes: int) -> Signatures:
     """Return the MinHash signatures `[n, num_hashes]` of sets."""
     # Imported here: only de-duplication needs it.
     from rensa import RMinHash
@@ -182,7 +182,7 @@ def choose_bands(similarity: float, num_hashes: int) -> Bands:
     return Bands(num_hashes, 1)
 
 
-def band_keys(signatures: Signatures, bands: Bands) -> Hashes:
+def band_keys(signatures: Signatures, bands: Bands) -> UInt64Array:
     """Return a hash `[n, num_bands]` of the rows of each band."""
     used = signatures[:, : bands.num_bands * bands.num_rows].astype(np.uint64)
     rows = used.reshape(-1, bands.num_bands, bands.num_rows)
@@ -192,7 +192,7 @@ def band_keys(signatures: Signatures, bands: Bands) -> Hashes:
     return keys
 
 
-def join_keys(queries: Hashes, documents: Hashes) -> Hashes:
+def join_keys(queries: UInt64Array, documents: UInt64Array) -> UInt64Array:
     """Return keys of pairs, which are equal where both sides' are."""
     return _mix(queries * _BASE + documents)
 
@@ -224,11 +224,11 @@ def _is_word(word: str) -> bool:
     return first.isalnum() or first == "_" or unicodedata.category(first).startswith("M")
 
 
-def _mix(hashes: Hashes) -> Hashes:
+def _mix(hashes: UInt64Array) -> UInt64Array:
     """Spread hashes evenly over 64 bits, one to one (the finalizer of splitmix64)."""
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: Hashes = hashes ^ (hashes >> np.uint64(31))
+    mixed: UInt64Array = hashes ^ (hashes >> np.uint64(31))
     return mixed
 
 

@@ -119,7 +119,7 @@ def source_shares(
 def sample_source(
     source: Source,
     *,
-    most_records: int,
+    max_records: int,
     text: TextSettings,
     tokenizer: Any | None,
     num_examples: int = 0,
@@ -129,7 +129,7 @@ def sample_source(
 
     Args:
         source: Where they are.
-        most_records: About how many; 0: all.
+        max_records: About how many; 0: all.
         text: Prompts, and what a source's own settings leave to the run.
         tokenizer: Of the backbone, or None.
         num_examples: How many records are kept whole.
@@ -144,7 +144,7 @@ def sample_source(
     examples: list[Record] = []
     ids = IdCounter()
     num_with_negatives = 0
-    plan = choose_records(source.segment_sizes, most_records)
+    plan = choose_records(source.segment_sizes, max_records)
     examples_of = Counter(i * len(plan) // num_examples for i in range(num_examples))
     for place, (number, offsets) in enumerate(plan):
         records = []
@@ -185,18 +185,18 @@ def sample_source(
 
 
 def choose_records(
-    segment_sizes: npt.NDArray[Any], most_records: int
+    segment_sizes: npt.NDArray[Any], max_records: int
 ) -> list[tuple[int, Sequence[int]]]:
     """Return segments, and which of their records, spread evenly over a source; 0: all of them."""
     sizes = np.asarray(segment_sizes, np.int64)
     total = int(sizes.sum())
-    if most_records == 0 or total <= most_records:
+    if max_records == 0 or total <= max_records:
         return [(number, range(size)) for number, size in enumerate(sizes.tolist())]
-    wanted = max(MIN_SEGMENTS, -(-most_records * len(sizes) // total))
+    wanted = max(MIN_SEGMENTS, -(-max_records * len(sizes) // total))
     num_segments = min(wanted, len(sizes))
     chosen = np.arange(num_segments) * len(sizes) // num_segments
     ends = np.cumsum(sizes[chosen])
-    num_records = min(most_records, int(ends[-1]))
+    num_records = min(max_records, int(ends[-1]))
     positions = np.arange(num_records) * int(ends[-1]) // num_records
     segments = np.searchsorted(ends, positions, side="right")
     offsets = positions - (ends - sizes[chosen])[segments]
@@ -241,12 +241,12 @@ def percentiles(lengths: npt.NDArray[Any]) -> dict[str, float]:
 
 
 def _mean_shares(schedule: Schedule, num_steps: int) -> npt.NDArray[np.float64]:
-    """Return `[S]` the share that each source should have, averaged over the run's phases."""
-    units = num_steps * schedule.global_batch // schedule.unit_rows
-    phases = schedule.mixture.phases
-    begins = [min(phase.first_unit, units) for phase in phases]
-    sizes = np.diff([*begins, units])
-    return np.average([phase.shares for phase in phases], axis=0, weights=sizes)
+    """Return `[S]` the share that each source should have, averaged over the run's intervals."""
+    draws = num_steps * schedule.global_batch // schedule.rows_per_draw
+    intervals = schedule.mixture.intervals
+    begins = [min(interval.first_draw, draws) for interval in intervals]
+    sizes = np.diff([*begins, draws])
+    return np.average([interval.shares for interval in intervals], axis=0, weights=sizes)
 
 
 def _read(source: Source, number: int, offsets: Sequence[int]) -> Iterator[Record | DataError]:

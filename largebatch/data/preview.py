@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from largebatch.batch import Hole
+from largebatch.batch import SkippedRow
 from largebatch.data.reader import Reader
 from largebatch.data.source import Source
 from largebatch.data.text import TextSettings
@@ -56,7 +56,7 @@ class ShownRow(NamedTuple):
     """The document."""
     negatives: list[ShownText]
     """Those negatives that are used."""
-    hole: Hole | None
+    skipped: SkippedRow | None
     """Why the row is empty, if it is."""
 
 
@@ -68,23 +68,23 @@ def read_batch(
     tokenizer: Any | None,
     ranks: int,
     workers: int,
-    known_holes: Sequence[Hole] = (),
+    known_skipped: Sequence[SkippedRow] = (),
 ) -> list[ShownRow]:
     """Return all rows of a step's batch, in order.
 
     Args:
         step: From 0, as in the schedule.
-        reader: Skips faults, and knows `known_holes`.
+        reader: Skips faults, and knows `known_skipped`.
         text: Prompts and lengths of that step.
         tokenizer: Of the backbone, or None.
         ranks: Processes of the run.
         workers: Loader processes of each.
-        known_holes: What the run has noted as unusable.
+        known_skipped: What the run has noted as unusable.
     """
     num_rows = reader.schedule.global_batch
     found = reader.read(step, range(num_rows))
     places = reader.schedule.rows(step, range(num_rows))
-    noted = {hole.row: hole for hole in known_holes if hole.step == step}
+    noted = {hole.row: hole for hole in known_skipped if hole.step == step}
     places_in_run = assign_rows(num_rows, ranks=ranks, workers=workers)
     shown = _show_records(found, reader.sources, text, tokenizer)
     rows = []
@@ -105,10 +105,19 @@ def read_batch(
                 query=texts[0] if texts else None,
                 document=texts[1] if texts else None,
                 negatives=texts[2:],
-                hole=item if isinstance(item, Hole) else noted[row] if item is None else None,
+                skipped=item
+                if isinstance(item, SkippedRow)
+                else noted[row]
+                if item is None
+                else None,
             )
         )
     return rows
+
+
+def _skipped_at(item: Record | SkippedRow | None, noted: SkippedRow | None) -> SkippedRow | None:
+    """Return why a row is empty: what reading found, or what the run has noted."""
+    return item if isinstance(item, SkippedRow) else noted if item is None else None
 
 
 def assign_rows(num_rows: int, *, ranks: int, workers: int) -> list[tuple[int, int | None]]:
@@ -142,7 +151,7 @@ def count_tokens(tokenizer: Any, texts: Sequence[str]) -> list[int]:
 
 
 def _show_records(
-    found: Sequence[Record | Hole | None],
+    found: Sequence[Record | SkippedRow | None],
     sources: Sequence[Source],
     text: TextSettings,
     tokenizer: Any | None,
@@ -204,5 +213,5 @@ def as_json(row: ShownRow) -> Mapping[str, Any]:
         "query": entry(row.query),
         "document": entry(row.document),
         "negatives": [entry(negative) for negative in row.negatives],
-        "hole": row.hole and {"kind": row.hole.kind, "reason": row.hole.reason},
+        "skipped": row.skipped and {"kind": row.skipped.kind, "reason": row.skipped.reason},
     }

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, repeat
 
-from largebatch.batch import Hole
+from largebatch.batch import SkippedRow
 from largebatch.data.source import Source
 from largebatch.errors import DataError
 from largebatch.order.schedule import Schedule
@@ -26,7 +26,7 @@ class Reader:
         schedule: Which record is in which row.
         buffer_bytes: Memory for segments that were read and may be needed again.
         skip_faults: Whether a row that can't be used becomes a hole; otherwise it is an error.
-        known_holes: Rows by step that are holes whatever is read.
+        known_skipped: BatchRows by step that are holes whatever is read.
     """
 
     def __init__(
@@ -36,25 +36,25 @@ class Reader:
         *,
         buffer_bytes: int = 2**30,
         skip_faults: bool = False,
-        known_holes: Mapping[int, Collection[int]] | None = None,
+        known_skipped: Mapping[int, Collection[int]] | None = None,
     ) -> None:
         self.sources = sources
         self.schedule = schedule
         self.skip_faults = skip_faults
-        self._known_holes = known_holes or {}
+        self._known_skipped = known_skipped or {}
         self._segments = _Buffer(buffer_bytes)
         # Sources whose store did not answer, for all retries. Their next segments are tried once
         # only, until one answers: the other ranks wait for this one no longer than their timeout.
         self._silent: set[int] = set()
 
-    def read(self, step: int, rows: range) -> list[Record | Hole | None]:
+    def read(self, step: int, rows: range) -> list[Record | SkippedRow | None]:
         """Return the records of some rows of a step; a new hole, or None for a known one.
 
         Raises:
             DataError: A record can't be used, and faults are not skipped.
         """
         place = self.schedule.rows(step, rows)
-        known = self._known_holes.get(step, ())
+        known = self._known_skipped.get(step, ())
         wanted = [
             None if row in known else (source, segment, offset)
             for row, source, segment, offset in zip(
@@ -73,7 +73,7 @@ class Reader:
 
     def _record(
         self, segment: SegmentRecords | DataError, source: int, offset: int, step: int, row: int
-    ) -> Record | Hole:
+    ) -> Record | SkippedRow:
         try:
             if isinstance(segment, DataError):
                 raise segment
@@ -81,7 +81,7 @@ class Reader:
         except DataError as error:
             if not self.skip_faults:
                 raise _with_cure(error) from None
-            return Hole(step, row, self.sources[source].name, error.kind, str(error))
+            return SkippedRow(step, row, self.sources[source].name, error.kind, str(error))
 
     def _load(
         self, needed: Collection[tuple[int, int]]
@@ -124,8 +124,8 @@ class Reader:
 class _Buffer:
     """Keeps the segments that were used last, up to a size."""
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
+    def __init__(self, max_bytes: int) -> None:
+        self._most_bytes = max_bytes
         self._num_bytes = 0
         self._kept: OrderedDict[tuple[int, int], SegmentRecords | DataError] = OrderedDict()
 

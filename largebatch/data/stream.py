@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from largebatch.batch import Hole, RankBatch, Texts
+from largebatch.batch import RankBatch, SkippedRow, Texts
 from largebatch.data.reader import Reader
 from largebatch.data.source import Source
 from largebatch.data.text import TextSettings, tokenize
@@ -22,7 +22,7 @@ from largebatch.shards.segment import SegmentRecords
 from largebatch.world import World, part_of_rank
 
 
-class TextPhase(NamedTuple):
+class TextChange(NamedTuple):
     """Prompts and lengths from a step on."""
 
     from_step: int
@@ -31,7 +31,7 @@ class TextPhase(NamedTuple):
     """The settings."""
 
 
-def text_at(phases: Sequence[TextPhase], step: int) -> TextSettings:
+def text_at(phases: Sequence[TextChange], step: int) -> TextSettings:
     """Return the prompts and lengths of a step, from 0."""
     return [phase.text for phase in phases if phase.from_step <= step][-1]
 
@@ -49,7 +49,7 @@ class Stream:
         prefetch: Batches that each of them prepares ahead.
         buffer_bytes: Memory of each for segments that may be needed again.
         skip_faults: Whether records that can't be used are left out; otherwise they are an error.
-        known_holes: Rows by step that are left out whatever is read.
+        known_skipped: BatchRows by step that are left out whatever is read.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class Stream:
         schedule: Schedule,
         *,
         tokenizer: Any,
-        text: TextSettings | Sequence[TextPhase],
+        text: TextSettings | Sequence[TextChange],
         world: World,
         workers: int = 0,
         prefetch: int = 4,
         buffer_bytes: int = 2**30,
         skip_faults: bool = False,
-        known_holes: Mapping[int, Collection[int]] | None = None,
+        known_skipped: Mapping[int, Collection[int]] | None = None,
     ) -> None:
         self.schedule = schedule
         self.workers = workers
@@ -75,10 +75,10 @@ class Stream:
                 schedule,
                 buffer_bytes=buffer_bytes,
                 skip_faults=skip_faults,
-                known_holes=known_holes,
+                known_skipped=known_skipped,
             ),
             tokenizer,
-            [TextPhase(0, text)] if isinstance(text, TextSettings) else text,
+            [TextChange(0, text)] if isinstance(text, TextSettings) else text,
             part_of_rank(schedule.global_batch, world.rank, world.size),
         )
 
@@ -112,9 +112,9 @@ SAMPLED_CHARS = 10_000
 
 
 def sample_texts(
-    sources: Sequence[Source], shares: Sequence[float], *, most_records: int, skip_faults: bool
+    sources: Sequence[Source], shares: Sequence[float], *, max_records: int, skip_faults: bool
 ) -> Iterator[str]:
-    """Yield texts of up to about `most_records` records, of each source by its share.
+    """Yield texts of up to about `max_records` records, of each source by its share.
 
     They come from segments all over the source.
 
@@ -125,7 +125,7 @@ def sample_texts(
         if share == 0:
             continue
         sizes = source.segment_sizes
-        every = max(1, round(int(sizes.sum()) / (most_records * share)))
+        every = max(1, round(int(sizes.sum()) / (max_records * share)))
         for number in range(0, len(sizes), every):
             try:
                 segment = source.read(number)
@@ -156,12 +156,12 @@ class _BatchMaker:
     """Reads and tokenizes rows of a step."""
 
     def __init__(
-        self, reader: Reader, tokenizer: Any, text_phases: Sequence[TextPhase], rows: range
+        self, reader: Reader, tokenizer: Any, text_changes: Sequence[TextChange], rows: range
     ) -> None:
-        assert text_phases[0].from_step == 0
+        assert text_changes[0].from_step == 0
         self.reader = reader
         self.tokenizer = tokenizer
-        self.text_phases = text_phases
+        self.text_changes = text_changes
         self.rows = rows
 
     def batch(self, step: int, rows: range) -> RankBatch:
@@ -171,7 +171,7 @@ class _BatchMaker:
         sources = self.reader.sources
         by_name = {source.name: source for source in sources}
         source_of = [by_name[record.source] for record in records]
-        text = text_at(self.text_phases, step)
+        text = text_at(self.text_changes, step)
         used = [
             source.used_texts(record, text)
             for source, record in zip(source_of, records, strict=True)
@@ -207,8 +207,8 @@ class _BatchMaker:
             loss_options=sources[0 if number is None else number].loss,
             same_ids=same_ids,
             places=[(int(place.segments[i]), int(place.offsets[i])) for i in usable],
-            num_holes=len(found) - len(records),
-            new_holes=[hole for hole in found if isinstance(hole, Hole)],
+            num_skipped=len(found) - len(records),
+            newly_skipped=[hole for hole in found if isinstance(hole, SkippedRow)],
         )
 
     def _tokenize(self, texts: list[str], max_tokens: int) -> tuple[Texts, int]:
@@ -286,8 +286,8 @@ def _join(parts: list[RankBatch]) -> RankBatch:
         if parts[0].same_ids is None
         else [name for part in parts for name in part.same_ids or ()],
         places=[place for part in parts for place in part.places],
-        num_holes=sum(part.num_holes for part in parts),
-        new_holes=[hole for part in parts for hole in part.new_holes],
+        num_skipped=sum(part.num_skipped for part in parts),
+        newly_skipped=[hole for part in parts for hole in part.newly_skipped],
     )
 
 

@@ -46,14 +46,14 @@ class OwnNegatives(NamedTuple):
     """int64, the row of each one's query."""
     places_n: Tensor
     """int64, how many negatives of the same owner come before each."""
-    most_of_one: int
+    max_of_one: int
     """Negatives of the row that has most."""
     masked_n: Tensor | None
     """bool, which are false ones and left out; None: nobody knows."""
 
     def in_rows(self, values_n: Tensor, num_rows: int) -> Tensor:
-        """Return values in the rows of their owners, `[b, most_of_one]`, -inf where none is."""
-        rows_bk = values_n.new_full((num_rows, self.most_of_one), -torch.inf)
+        """Return values in the rows of their owners, `[b, max_of_one]`, -inf where none is."""
+        rows_bk = values_n.new_full((num_rows, self.max_of_one), -torch.inf)
         if self.masked_n is not None:
             values_n = values_n.masked_fill(self.masked_n, -torch.inf)
         rows_bk[self.owners_n, self.places_n] = values_n
@@ -174,7 +174,7 @@ class _TiledInfoNCE(torch.autograd.Function):
                 if symmetric:
                     _, others = _logsumexp(logits, 0, spare)
                     column_others_m[columns] = torch.logaddexp(column_others_m[columns], others)
-        if own_negatives is not None and own_negatives.most_of_one > 0:
+        if own_negatives is not None and own_negatives.max_of_one > 0:
             assert own_logits_n is not None
             rows_bk = own_negatives.in_rows(own_logits_n, b)
             best_other_b = torch.maximum(best_other_b, rows_bk.amax(1))

@@ -27,9 +27,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from largebatch.batch import Int64Array
 from largebatch.transfer import to_device
-
-Hashes = npt.NDArray[np.int64]
 
 
 class PairHashes(NamedTuple):
@@ -38,13 +37,13 @@ class PairHashes(NamedTuple):
     They stay on the host: what is looked up in them must not wait for the device.
     """
 
-    queries: Hashes
+    queries: Int64Array
     """`[b]`"""
-    documents: Hashes
+    documents: Int64Array
     """`[b]`, each of the query's document."""
-    negatives: Hashes
+    negatives: Int64Array
     """`[n]`"""
-    ids: Hashes | None = None
+    ids: Int64Array | None = None
     """`[b]`, hashes that are equal where records answer the same query; None: only texts tell."""
 
 
@@ -121,7 +120,7 @@ class FalseNegatives:
         self._texts_c = to_device(columns_m[columns], device)
         self._known_p = to_device(known_p[wanted_p], device)
 
-    def of_own(self, owners_n: Hashes) -> npt.NDArray[np.bool_]:
+    def of_own(self, owners_n: Int64Array) -> npt.NDArray[np.bool_]:
         """Return which of this rank's negatives are none of the query that they belong to, `[n]`.
 
         Args:

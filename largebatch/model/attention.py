@@ -190,7 +190,7 @@ def varlen_kernel(
     from torch.nn.attention.varlen import varlen_attn
 
     reach = -1 if sliding_window is None else sliding_window - 1
-    longest = packing.runs[0].length
+    longest = packing.groups[0].length
     output = varlen_attn(
         query_Thd,
         key_Thd,
@@ -218,11 +218,11 @@ def _attention_by_length(
     dropout: float,
 ) -> Tensor:
     """Return the outputs `[1, T, h, d]`: texts of one length are a batch without padding."""
-    sizes = [run.num_texts * run.length for run in packing.runs]
+    sizes = [run.num_texts * run.length for run in packing.groups]
     # `split`, not slices: its backward pass writes each gradient once, in place.
     parts = zip(*(t.transpose(1, 2)[0].split(sizes) for t in (query, key, value)), strict=True)
     outputs = []
-    for run, tensors in zip(packing.runs, parts, strict=True):
+    for run, tensors in zip(packing.groups, parts, strict=True):
         q, k, v = (
             t.unflatten(0, (run.num_texts, run.length)).transpose(1, 2)  # [n, h, length, d]
             for t in tensors

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from largebatch.batch import Chunk, IntArray, Packing, Run, Texts
+from largebatch.batch import Chunk, IntArray, LengthGroup, Packing, Texts
 from largebatch.transfer import to_device
 
 TextRows = npt.NDArray[np.intp]
@@ -150,7 +150,7 @@ def _pack(texts: Texts, pad_id: int, device: torch.device, skipped_position: int
             to_device(position_ids[None], device),
             to_device(boundaries.astype(np.int32), device),
             tuple(
-                Run(int(n), int(length))
+                LengthGroup(int(n), int(length))
                 for n, length in zip(num_texts[::-1], different[::-1], strict=True)
             ),
         ),

@@ -172,7 +172,7 @@ class Encoder(nn.Module):
             self.pooling.token is not None and not compile and prepare_last_layer(backbone)
         )
         use_packed_attention(backbone)
-        self.extra_units = 1.0 if checkpoint_layers else 0.0
+        self.extra_forwards = 1.0 if checkpoint_layers else 0.0
         """Forward passes that the backward pass repeats, whatever a chunk keeps."""
         if checkpoint_layers:
             checkpoint_layers_of(backbone)

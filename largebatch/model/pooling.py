@@ -161,17 +161,19 @@ def pool_chunk(pooling: Pooling, hidden: Tensor, chunk: Chunk) -> Tensor:
     pool = pooling.forward
     if chunk.packing is None:
         return pool(hidden, chunk.attention_mask)
-    runs = chunk.packing.runs
-    sizes = [run.num_texts * run.length for run in runs]
-    parts = zip(runs, hidden[0].split(sizes), chunk.attention_mask[0].split(sizes), strict=True)
+    groups = chunk.packing.groups
+    sizes = [group.num_texts * group.length for group in groups]
+    parts = zip(groups, hidden[0].split(sizes), chunk.attention_mask[0].split(sizes), strict=True)
     # Texts of one length are a batch without padding.
-    return torch.cat([pool(h.unflatten(0, run), mask.unflatten(0, run)) for run, h, mask in parts])
+    return torch.cat(
+        [pool(part.unflatten(0, group), mask.unflatten(0, group)) for group, part, mask in parts]
+    )
 
 
 def _padded(hidden_1TH: Tensor, mask_1T: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
     """Return packed hidden states and their mask, padded on the right: `[n, L, H]`, `[n, L]`."""
     starts_n, ends_n = packing.boundaries[:-1].long(), packing.boundaries[1:].long()
-    longest = packing.runs[0].length
+    longest = packing.groups[0].length
     places_nL = starts_n[:, None] + torch.arange(longest, device=starts_n.device)
     is_inside_nL = places_nL < ends_n[:, None]
     places_nL = places_nL.where(is_inside_nL, 0)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from largebatch.batch import Int64Array
 from largebatch.config import LossOptions
 from largebatch.errors import UserError
 from largebatch.losses.infonce import Combine, InfoNCE, OwnNegatives, info_nce
@@ -23,7 +24,6 @@ from largebatch.step.hashes import text_hashes
 from largebatch.step.objective import (
     EmbeddedBatch,
     EmbeddingObjective,
-    Numbers,
     ObjectiveValue,
     Side,
     SourceNote,
@@ -121,7 +121,7 @@ class ContrastiveLoss(EmbeddingObjective):
             combine=combine,
         )
 
-    def knowledge(self, pairs: Pairs) -> Mapping[str, Numbers]:
+    def knowledge(self, pairs: Pairs) -> Mapping[str, Int64Array]:
         """Return hashes of the texts, and of the records' ids if they are known."""
         if not self.mask_duplicates:
             return {}
@@ -136,7 +136,7 @@ class ContrastiveLoss(EmbeddingObjective):
         """Return what queries are contrasted with on all ranks."""
         return ("document",) if self._has_own_negatives(options) else ("document", "negative")
 
-    def evaluate(self, batch: EmbeddedBatch) -> ObjectiveValue:
+    def compute(self, batch: EmbeddedBatch) -> ObjectiveValue:
         """Return the loss, and how well queries find their documents among all columns."""
         assert batch.gathered_md is not None
         device, b = batch.queries_bd.device, len(batch.queries_bd)

@@ -5,7 +5,7 @@ step, and of nothing else: not of ranks, loader workers, or what ran before. So 
 its step alone, and any number of ranks trains on the same batches.
 
 1. The mixture says which source gives the batch, or, in mixed batches, each of its rows.
-2. The source's tape says where its next records are: every record once in an epoch.
+2. The source's order says where its next records are: every record once in an epoch.
 3. The rows are put in the order of the lanes that they are on, so that a rank, which takes a part
    of the batch, reads few segments, and of mixed batches gets some of every source.
 """
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from largebatch.errors import UserError
 from largebatch.order.mixture import Mixture
-from largebatch.order.tape import Tape
+from largebatch.order.source_order import SourceOrder
 
 IndexArray = npt.NDArray[np.int64]
 
@@ -105,7 +105,7 @@ class Schedule:
         )
         self.source_records = np.array([source.segment_sizes.sum() for source in sources], np.int64)
         """`[S]` records of each source."""
-        self.unit_rows = 1 if mixed else global_batch
+        self.rows_per_draw = 1 if mixed else global_batch
         weights = self._weights(size_exponent, reweightings)
         self.is_drawn = np.any([values for _, values in weights], axis=0)
         """`[S]` whether each source ever has a weight above 0."""
@@ -115,14 +115,16 @@ class Schedule:
             self._check_sizes(global_batch * self.is_drawn)
             if not carry:
                 self.epoch_records -= self.epoch_records % global_batch
-        self.mixture = Mixture(weights, most_units=self._most_units(), seed=seed)
-        units = self.mixture.num_units
-        self.num_steps = None if units is None else units * self.unit_rows // global_batch
+        self.mixture = Mixture(weights, max_draws=self._max_draws(), seed=seed)
+        draws = self.mixture.num_draws
+        self.num_steps = None if draws is None else draws * self.rows_per_draw // global_batch
         if mixed:
-            for phase in self.mixture.phases:
-                self._check_sizes(np.ceil(np.array(phase.shares) * global_batch).astype(np.int64))
-        self.tapes = {
-            number: Tape(
+            for interval in self.mixture.intervals:
+                self._check_sizes(
+                    np.ceil(np.array(interval.shares) * global_batch).astype(np.int64)
+                )
+        self.orders = {
+            number: SourceOrder(
                 source.segment_sizes, epoch_records=int(records), lanes=lanes, key=(seed, number)
             )
             for number, (source, records) in enumerate(
@@ -147,21 +149,21 @@ class Schedule:
         segments, offsets = np.empty_like(positions), np.empty_like(positions)
         for number in np.unique(sources).tolist():
             here = sources == number
-            segments[here], offsets[here] = self.tapes[number].places(positions[here])
+            segments[here], offsets[here] = self.orders[number].places(positions[here])
         return Rows(sources, segments, offsets)
 
     def source_of(self, step: int) -> int | None:
         """Return the number of the source that a step's batch is from; None if it is mixed."""
-        return None if self.mixed else int(self.mixture.units(step, step + 1).sources[0])
+        return None if self.mixed else int(self.mixture.draws(step, step + 1).sources[0])
 
     def rows_given(self, step: int) -> IndexArray:
         """Return `[S]` how many rows each source gives before a step."""
-        unit = step * self.global_batch // self.unit_rows
-        return self.mixture.given(unit) * self.unit_rows
+        draw = step * self.global_batch // self.rows_per_draw
+        return self.mixture.given(draw) * self.rows_per_draw
 
     def shares(self, step: int) -> tuple[float, ...]:
         """Return `[S]` the share of the rows around a step that each source should give."""
-        return self.mixture.shares(step * self.global_batch // self.unit_rows)
+        return self.mixture.shares(step * self.global_batch // self.rows_per_draw)
 
     def epochs(self, step: int) -> npt.NDArray[np.float64]:
         """Return `[S]` how often each source was gone through before a step."""
@@ -172,17 +174,18 @@ class Schedule:
         return np.where(self.is_drawn, self.source_records - self.epoch_records, 0)
 
     def _whole_batch(self, step: int) -> tuple[IndexArray, IndexArray]:
-        """Return the source of each row and its position on that source's tape."""
-        first = step * self.global_batch // self.unit_rows
-        units = self.mixture.units(first, first + self.global_batch // self.unit_rows)
-        sources = np.repeat(units.sources, self.unit_rows)
+        """Return the source of each row and its position on that source's order."""
+        first = step * self.global_batch // self.rows_per_draw
+        draws = self.mixture.draws(first, first + self.global_batch // self.rows_per_draw)
+        sources = np.repeat(draws.sources, self.rows_per_draw)
         positions = (
-            units.numbers[:, None] * self.unit_rows + np.arange(self.unit_rows, dtype=np.int64)
+            draws.numbers[:, None] * self.rows_per_draw
+            + np.arange(self.rows_per_draw, dtype=np.int64)
         ).reshape(-1)
         lanes = np.empty_like(positions)
         for number in np.unique(sources).tolist():
             here = sources == number
-            lanes[here] = self.tapes[number].lanes_of(positions[here])
+            lanes[here] = self.orders[number].lanes_of(positions[here])
         order = np.lexsort((positions, sources, lanes))
         return sources[order], positions[order]
 
@@ -193,18 +196,18 @@ class Schedule:
             source.name: float(records) ** size_exponent if source.weight is None else source.weight
             for source, records in zip(self.sources, self.source_records, strict=True)
         }
-        phases = [(0, list(now.values()))]
+        intervals = [(0, list(now.values()))]
         for change in reweightings:
             now |= change.weights
-            first_unit = change.from_step * self.global_batch // self.unit_rows
-            if first_unit == 0:
-                phases.clear()
-            phases.append((first_unit, list(now.values())))
-        return phases
+            first_draw = change.from_step * self.global_batch // self.rows_per_draw
+            if first_draw == 0:
+                intervals.clear()
+            intervals.append((first_draw, list(now.values())))
+        return intervals
 
-    def _most_units(self) -> list[int | None]:
+    def _max_draws(self) -> list[int | None]:
         return [
-            None if source.epochs is None else int(source.epochs * records) // self.unit_rows
+            None if source.epochs is None else int(source.epochs * records) // self.rows_per_draw
             for source, records in zip(self.sources, self.epoch_records.tolist(), strict=True)
         ]
 

@@ -47,7 +47,7 @@ class IdCounter:
         return RepeatedIds(len(several), int(several.sum()))
 
 
-def tell_repeated(repeated: RepeatedIds, num_records: int, *, source: str = "NAME") -> str:
+def describe_repeated(repeated: RepeatedIds, num_records: int, *, source: str = "NAME") -> str:
     """Say what ids that repeat among so many records of a source mean to training."""
     return (
         f"{repeated.num_records:,} of {num_records:,} records have an id that others have too (ids "

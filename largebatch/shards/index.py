@@ -224,7 +224,7 @@ class ShardIndex(NamedTuple):
         return index
 
 
-class Stretch(NamedTuple):
+class RecordSpan(NamedTuple):
     """Bytes of a shard that hold whole records: a sample, or a packed member."""
 
     begin: int
@@ -237,15 +237,15 @@ class Stretch(NamedTuple):
     """Whether it is a packed member, which is a segment of its own."""
 
 
-def cut_segments(stretches: Iterable[Stretch]) -> list[Segment]:
+def cut_segments(spans: Iterable[RecordSpan]) -> list[Segment]:
     """Cut a shard into segments, without their checksums.
 
-    >>> cut_segments([Stretch(0, 1024, 1, False), Stretch(1024, 2048, 1, False)])
+    >>> cut_segments([RecordSpan(0, 1024, 1, False), RecordSpan(1024, 2048, 1, False)])
     [Segment(offset=0, num_bytes=2048, num_records=2, crc32=-1)]
     """
     segments: list[Segment] = []
     may_grow = False
-    for begin, end, num_records, is_packed in stretches:
+    for begin, end, num_records, is_packed in spans:
         if may_grow and not is_packed:
             last = segments[-1]
             if (

@@ -17,9 +17,9 @@ from largebatch.errors import DataError, UserError
 from largebatch.files import writing
 from largebatch.shards.find import find_files
 from largebatch.shards.index import (
+    RecordSpan,
     Shard,
     ShardIndex,
-    Stretch,
     cut_segments,
     shard_from_json,
     shard_to_json,
@@ -126,7 +126,7 @@ def scan_shard(path: Path, *, on_bytes: OnBytes) -> Shard:
     """
     with path.open("rb") as file:
         reader = _ForwardReader(file, on_bytes)
-        cuts = cut_segments(_stretches(reader, url=str(path)))
+        cuts = cut_segments(_spans(reader, url=str(path)))
         reader.read_rest()
         segments = with_checksums(cuts, file)
     num_records = int(segments.num_records.sum())
@@ -178,7 +178,7 @@ def _scan_to_index(path: Path, on_bytes: OnBytes) -> Shard | DataError:
     return shard
 
 
-def _stretches(reader: "_ForwardReader", *, url: str) -> Iterator[Stretch]:
+def _spans(reader: "_ForwardReader", *, url: str) -> Iterator[RecordSpan]:
     # An IO[bytes] in all that reading a tar needs: read, seek (forward) and tell.
     members: Iterable[Member] = iter_members(reader, url=url)  # type: ignore[arg-type]
     for (_, is_packed), group in groupby(members, key=lambda m: (m.key, m.is_packed)):
@@ -187,7 +187,7 @@ def _stretches(reader: "_ForwardReader", *, url: str) -> Iterator[Stretch]:
                 where = f"{url}: member {member.name!r} at byte {member.offset}"
                 lines = unpack(reader.read(member.num_bytes), where=where)
                 if lines:
-                    yield Stretch(member.offset, member.end, len(lines), is_packed=True)
+                    yield RecordSpan(member.offset, member.end, len(lines), is_packed=True)
         else:
             first = last = next(group)
             for last in group:
@@ -197,7 +197,7 @@ def _stretches(reader: "_ForwardReader", *, url: str) -> Iterator[Stretch]:
                         f"the {MAX_SAMPLE_BYTES:,} bytes that are allowed",
                         kind="too_large",
                     )
-            yield Stretch(first.offset, last.end, 1, is_packed=False)
+            yield RecordSpan(first.offset, last.end, 1, is_packed=False)
 
 
 class _PartialIndex:

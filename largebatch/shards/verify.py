@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from largebatch.errors import DataError
-from largebatch.shards.ids import IdCounter, tell_repeated
+from largebatch.shards.ids import IdCounter, describe_repeated
 from largebatch.shards.index import INDEX_NAME, Shard, ShardIndex
 from largebatch.shards.scan import OnBytes, run_on_shards, scan_shard
 from largebatch.shards.segment import read_segment
@@ -52,7 +52,7 @@ def verify(
     for one in found.values():
         ids.add_all(one.ids)
     if (repeated := ids.repeated()).num_ids:
-        on_note(tell_repeated(repeated, len(ids)))
+        on_note(describe_repeated(repeated, len(ids)))
     problems += [
         f"{path} is not listed in {INDEX_NAME}"
         for path in sorted(folder.glob("*.tar"))

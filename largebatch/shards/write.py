@@ -26,9 +26,9 @@ from largebatch.shards.index import (
     INDEX_NAME,
     MAX_SEGMENT_BYTES,
     MAX_SEGMENT_RECORDS,
+    RecordSpan,
     Shard,
     ShardIndex,
-    Stretch,
     cut_segments,
     with_checksums,
 )
@@ -164,7 +164,7 @@ class _OpenShard:
         with writing(place):
             self._file = _HashingFile(path.open("wb"))
         self._tar = TarWriter(self._file, user="", group="", encoder=False, mtime=0)
-        self._stretches: list[Stretch] = []
+        self._spans: list[RecordSpan] = []
         self.num_records = 0
 
     def append(self, key: str, content: bytes) -> None:
@@ -176,7 +176,7 @@ class _OpenShard:
             self._tar.close()
             self._file.close()
         with self._path.open("rb") as file:
-            segments = with_checksums(cut_segments(self._stretches), file)
+            segments = with_checksums(cut_segments(self._spans), file)
             num_bytes = file.seek(0, os.SEEK_END)
         digest = self._file.sha256.hexdigest()
         return Shard(self._path.name, self.num_records, num_bytes, digest, segments)
@@ -195,7 +195,7 @@ class _OpenShard:
         with writing(self._place):
             self._tar.write({"__key__": key, extension: content})
         end: int = self._tar.tarstream.offset
-        self._stretches.append(Stretch(begin, end, num_records, is_packed=extension == PACKED))
+        self._spans.append(RecordSpan(begin, end, num_records, is_packed=extension == PACKED))
 
 
 class _OpenPackedShard(_OpenShard):

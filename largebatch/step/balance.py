@@ -14,14 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from largebatch.batch import RankBatch, Texts
+from largebatch.batch import Int64Array, RankBatch, Texts
 from largebatch.parallel.collectives import Collectives
 from largebatch.step.hashes import id_hashes
 
 WORTHWHILE = 0.02
 """Ranks exchange nothing unless the longest part exceeds the mean by this share."""
-
-Numbers = npt.NDArray[np.int64]
 
 
 class Pairs(NamedTuple):
@@ -33,10 +31,10 @@ class Pairs(NamedTuple):
     """b texts, each the positive of the query in the same row."""
     negatives: Texts
     """n texts."""
-    negative_counts: Numbers | None
+    negative_counts: Int64Array | None
     """`[b]`, how many of the negatives are each query's own, in the queries' order; None: they are
     nobody's own."""
-    id_hashes: Numbers | None
+    id_hashes: Int64Array | None
     """`[b]`, of the pairs' records; None: nobody knows them."""
 
     @classmethod
@@ -52,7 +50,7 @@ class Pairs(NamedTuple):
         )
 
     @property
-    def tokens(self) -> Numbers:
+    def tokens(self) -> Int64Array:
         """`[b]` tokens of each pair and of its own negatives; nobody's follow, `[b + n]`.
 
         These are the loads that can go to another rank, each as a whole.
@@ -137,7 +135,7 @@ class _Known(NamedTuple):
     ids: bool
 
 
-def new_owners(tokens: Sequence[Numbers]) -> list[Numbers]:
+def new_owners(tokens: Sequence[Int64Array]) -> list[Int64Array]:
     """Return which rank embeds what: for each rank, the new rank of each thing that it has.
 
     Args:
@@ -169,7 +167,7 @@ def new_owners(tokens: Sequence[Numbers]) -> list[Numbers]:
     return owners
 
 
-def _longest_that_fit(tokens: Numbers, room: float) -> list[int]:
+def _longest_that_fit(tokens: Int64Array, room: float) -> list[int]:
     """Return which things to take, longest first, for a sum that is at most `room`."""
     order = np.argsort(tokens, kind="stable")
     ascending = tokens[order]
@@ -183,7 +181,7 @@ def _longest_that_fit(tokens: Numbers, room: float) -> list[int]:
         room -= int(ascending[end])
 
 
-def _message(pairs: Pairs) -> Numbers:
+def _message(pairs: Pairs) -> Int64Array:
     sides = (pairs.queries, pairs.documents, pairs.negatives)
     of_pairs = [one for one in (pairs.id_hashes, pairs.negative_counts) if one is not None]
     lengths = [side.lengths.astype(np.int64) for side in sides]
@@ -192,7 +190,7 @@ def _message(pairs: Pairs) -> Numbers:
 
 
 def _message_size(
-    tokens: Numbers, counts: Numbers, num_pairs: int, loads: Numbers, known: _Known
+    tokens: Int64Array, counts: Int64Array, num_pairs: int, loads: Int64Array, known: _Known
 ) -> int:
     """Return how long a rank's message is, which all know: so one gather has room for all."""
     pairs = loads[loads < num_pairs]
@@ -200,7 +198,7 @@ def _message_size(
     return len(pairs) * (2 + sum(known)) + num_negatives + int(tokens[loads].sum())
 
 
-def _read(message: Numbers, are_pairs: npt.NDArray[np.bool_], known: _Known) -> Pairs:
+def _read(message: Int64Array, are_pairs: npt.NDArray[np.bool_], known: _Known) -> Pairs:
     """Return what `_message` was made of."""
     b = int(are_pairs.sum())
     num_negatives = len(are_pairs) - b

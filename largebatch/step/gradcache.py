@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from largebatch.batch import RankBatch, Texts
+from largebatch.batch import Int64Array, RankBatch, Texts
 from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
 from largebatch.out_of_memory import ends_with
@@ -45,7 +45,6 @@ from largebatch.step.objective import (
     EmbeddedBatch,
     EmbeddingObjective,
     Facts,
-    Numbers,
     StepReport,
     Work,
 )
@@ -205,7 +204,7 @@ class GradCache:
         # 1. Embed; while chunks without columns are embedded, the columns are gathered already.
         chunks = self.passes.plan(distinct.texts, columns)
         with phase("gather"):
-            told = self._tell(pairs, len(chunks), state_hash(device))
+            told = self._exchange_facts(pairs, len(chunks), state_hash(device))
         counts = [
             sum({"query": b, "document": b, "negative": n}[side] for side in gathered)
             for b, n, _ in told.facts
@@ -237,7 +236,7 @@ class GradCache:
                     own_md, counts, started=gather.started
                 ).rows
         with phase("loss"):
-            value = self.objective.evaluate(
+            value = self.objective.compute(
                 EmbeddedBatch(
                     sides["query"],
                     sides["document"],
@@ -271,11 +270,11 @@ class GradCache:
                 num_encoded_tokens=int(distinct.texts.lengths.sum()),
                 num_padded_tokens=sum(one.chunk.num_tokens for one in own_chunks),
                 num_chunks=len(own_chunks),
-                units=4.0 - kept / total + self.encoder.extra_units,
+                forwards=4.0 - kept / total + self.encoder.extra_forwards,
             ),
         )
 
-    def _tell(self, pairs: Pairs, num_chunks: int, random_state: int) -> "_Told":
+    def _exchange_facts(self, pairs: Pairs, num_chunks: int, random_state: int) -> "_FactsOfRanks":
         """Tell all ranks what this one has, and return what they have; all ranks must call it.
 
         Raises:
@@ -296,7 +295,7 @@ class GradCache:
             states.append(state)
         if sum(one.num_pairs for one in facts) == 0:
             raise UserError("the global batch has no pairs; all of its records were skipped")
-        return _Told(facts, max(chunks), states)
+        return _FactsOfRanks(facts, max(chunks), states)
 
     def _tokens(self, texts: TextList, side: str) -> Texts:
         if isinstance(texts, Texts):
@@ -316,11 +315,11 @@ class _Prepared(NamedTuple):
     texts: Texts
     """Of all sides."""
     distinct: DistinctTexts
-    columns: Numbers
+    columns: Int64Array
     """Which of the distinct texts go to the other ranks, in the order of the sides."""
 
 
-class _Told(NamedTuple):
+class _FactsOfRanks(NamedTuple):
     """What ranks have told each other before they embed."""
 
     facts: list[Facts]

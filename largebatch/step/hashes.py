@@ -1,4 +1,4 @@
-"""Hashes that tell equal texts and equal records, the same on every rank and machine."""
+"""Int64Array that tell equal texts and equal records, the same on every rank and machine."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,15 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from largebatch.batch import Texts
-
-Hashes = npt.NDArray[np.int64]
+from largebatch.batch import Int64Array, Texts
 
 _TOKENS_AT_ONCE = 1 << 17
 """Bounds the working memory (a few MiB) and keeps it in the processor's cache."""
 
 
-def text_hashes(texts: Texts) -> Hashes:
+def text_hashes(texts: Texts) -> Int64Array:
     """Return a 64-bit hash of each text's tokens, `[n]`.
 
     The sum of (token + 1) times an odd random number that belongs to its place, modulo 2^64
@@ -39,7 +37,7 @@ def text_hashes(texts: Texts) -> Hashes:
     return hashes.view(np.int64)
 
 
-def id_hashes(ids: Sequence[str]) -> Hashes:
+def id_hashes(ids: Sequence[str]) -> Int64Array:
     """Return a 64-bit hash of each record's id, `[n]`."""
     digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in ids)
     return np.frombuffer(digests, "<i8").astype(np.int64)

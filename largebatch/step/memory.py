@@ -100,12 +100,12 @@ class StepMemory:
             return [self.keep != "none"] * len(chunk_tokens)
         return self.keep_plan.keeps(chunk_tokens)
 
-    def take_less(self, kept_tokens: int, *, most_texts: int) -> bool:
+    def take_less(self, kept_tokens: int, *, max_texts: int) -> bool:
         """Take less from here on, on this rank; return whether that is possible.
 
         Args:
             kept_tokens: Tokens of the chunks whose graphs were in memory when it ran out.
-            most_texts: Texts in the largest chunk.
+            max_texts: Texts in the largest chunk.
         """
         assert self.tokens_per_chunk is not None
         if kept_tokens:
@@ -117,7 +117,7 @@ class StepMemory:
                 self.keep_plan = self.keep_plan._replace(budget_bytes=half)
                 log.warning("out of memory: keeping %.2f GiB at most from here on", half / GIB)
             return True
-        if most_texts <= 1:
+        if max_texts <= 1:
             return False
         self.tokens_per_chunk = max(self.tokens_per_chunk // 2, 1)
         log.warning("out of memory: going on with tokens_per_chunk=%d", self.tokens_per_chunk)

@@ -15,12 +15,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from largebatch.batch import IntArray, RankBatch, Texts
+from largebatch.batch import Int64Array, IntArray, RankBatch, Texts
 from largebatch.config import LossOptions
 from largebatch.model.chunks import TokenChunk
 from largebatch.model.encoder import Encoder
@@ -30,8 +28,6 @@ from largebatch.step.memory import StepMemory
 
 if TYPE_CHECKING:
     from largebatch.config import TrainConfig
-
-Numbers = npt.NDArray[np.int64]
 Side = Literal["query", "document", "negative"]
 
 
@@ -46,7 +42,7 @@ class Work(NamedTuple):
     """The same, padding included."""
     num_chunks: int
     """Chunks of this rank."""
-    units: float
+    forwards: float
     """Work of the step's encoder passes: a forward pass is 1, a backward pass 2. So 4 with nothing
     kept, 3 with everything."""
 
@@ -122,7 +118,7 @@ class Facts(NamedTuple):
 
     num_pairs: int
     num_negatives: int
-    known: Mapping[str, Numbers]
+    known: Mapping[str, Int64Array]
     """What the objective asked for, by name."""
 
 
@@ -133,7 +129,7 @@ class EmbeddedBatch(NamedTuple):
     documents_bd: Tensor
     """Each the positive of the query in the same row."""
     negatives_nd: Tensor
-    negative_counts: Numbers | None
+    negative_counts: Int64Array | None
     """`[b]` on the host, how many of the negatives are each query's own, in the queries' order;
     None: they are nobody's own."""
     gathered_md: Tensor | None
@@ -190,7 +186,7 @@ class ObjectiveValue(NamedTuple):
 class EmbeddingObjective(Objective):
     """An objective that is a function of the embeddings of a global batch."""
 
-    def knowledge(self, pairs: Pairs) -> Mapping[str, Numbers]:  # noqa: ARG002
+    def knowledge(self, pairs: Pairs) -> Mapping[str, Int64Array]:  # noqa: ARG002
         """Return numbers that all ranks need of each other's pairs, such as hashes of texts.
 
         The names must be the same on all ranks.
@@ -202,7 +198,7 @@ class EmbeddingObjective(Objective):
         """Return which embeddings every rank needs of all ranks."""
 
     @abstractmethod
-    def evaluate(self, batch: EmbeddedBatch) -> ObjectiveValue:
+    def compute(self, batch: EmbeddedBatch) -> ObjectiveValue:
         """Return the loss; called by all ranks, whose rows differ in number and may be none."""
 
 

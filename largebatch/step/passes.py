@@ -156,7 +156,7 @@ class Passes:
             state.restore()
             kept_tokens = sum(one.kept_tokens for one in passes)
             kept_tokens += planned.chunk.num_tokens if keeps_graph else 0
-            if not self._memory.take_less(kept_tokens, most_texts=len(planned.rows)):
+            if not self._memory.take_less(kept_tokens, max_texts=len(planned.rows)):
                 return None
             passes = [one._replace(embeddings_nd=None) for one in passes]
             rows = np.concatenate([planned.rows for planned, _ in left])
@@ -201,7 +201,7 @@ class Passes:
             and passes
             and self._memory.take_less(
                 sum(one.kept_tokens for one in passes),
-                most_texts=max(len(one.rows_n) for one in passes),
+                max_texts=max(len(one.rows_n) for one in passes),
             )
         )
         with phase("sync"):
@@ -281,7 +281,7 @@ class Passes:
         while (
             bytes_per_token is None
             and chunks
-            and self._memory.take_less(0, most_texts=len(chunks[0].rows))
+            and self._memory.take_less(0, max_texts=len(chunks[0].rows))
         ):
             chunks = self.plan(texts, columns)
             bytes_per_token = self._bytes_per_token(chunks)

@@ -123,7 +123,7 @@ class TokenStep:
                 num_encoded_tokens=int(task.texts.lengths.sum()),
                 num_padded_tokens=sum(one.chunk.num_tokens for one in own),
                 num_chunks=num_own,
-                units=3.0 + self.encoder.extra_units,
+                forwards=3.0 + self.encoder.extra_forwards,
             ),
         )
 
@@ -159,8 +159,8 @@ class TokenStep:
         """End or repeat the step on all ranks, if memory ran out on one."""
         if self.strategy.equal_chunks:
             return
-        most_texts = max((one.num_texts for one in chunks), default=0)
-        hopeless = ran_out and not (can_redo and self.memory.take_less(0, most_texts=most_texts))
+        max_texts = max((one.num_texts for one in chunks), default=0)
+        hopeless = ran_out and not (can_redo and self.memory.take_less(0, max_texts=max_texts))
         worst = self.collectives.highest(ran_out + hopeless)
         if worst == 2:
             raise UserError(self.memory.ran_out())

@@ -62,7 +62,7 @@ def read_remote(url: str, start: int, end: int | None, *, retries: Retries) -> b
                 f"{_span(url, start, end)} cannot be read: {fault}", kind="unreachable"
             ) from None
         if attempt < retries.attempts:
-            time.sleep(_pause_s(attempt, last.wait_s, most_s=retries.timeout_s))
+            time.sleep(_pause_s(attempt, last.wait_s, max_s=retries.timeout_s))
     times = f"{retries.attempts} attempts" if retries.attempts > 1 else "1 attempt"
     raise DataError(
         f"{_span(url, start, end)} cannot be read after {times}: {last}; raise data.read_attempts "
@@ -213,10 +213,10 @@ def _retry_after_s(response: urllib3.BaseHTTPResponse) -> float:
         return 0.0
 
 
-def _pause_s(attempt: int, wanted_s: float, *, most_s: float) -> float:
+def _pause_s(attempt: int, wanted_s: float, *, max_s: float) -> float:
     """Seconds between attempt number `attempt` and the next: doubled each time, with jitter."""
     pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
-    return max(pause_s, min(wanted_s, most_s))
+    return max(pause_s, min(wanted_s, max_s))
 
 
 def _span(url: str, start: int, end: int | None) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from largebatch.config import CurriculumConfig, TextConfig, TrainConfig, longer_than
 from largebatch.data.source import Source
-from largebatch.data.stream import TextPhase, sample_texts
+from largebatch.data.stream import TextChange, sample_texts
 from largebatch.data.text import TextSettings, train_tokenizer
 from largebatch.errors import UserError
 from largebatch.files import written_aside
@@ -81,7 +81,7 @@ def build_schedule(config: TrainConfig, sources: Sequence[Source]) -> Schedule:
     )
 
 
-def text_phases(text: TextSettings, curriculum: Sequence[CurriculumConfig]) -> list[TextPhase]:
+def text_changes(text: TextSettings, curriculum: Sequence[CurriculumConfig]) -> list[TextChange]:
     """Return how prompts and lengths change over the run, from the model's own settings on.
 
     Raises:
@@ -89,7 +89,7 @@ def text_phases(text: TextSettings, curriculum: Sequence[CurriculumConfig]) -> l
     """
     if faults := longer_than(curriculum, asdict(text)):
         raise UserError("; ".join(faults))
-    phases = [TextPhase(0, text)]
+    phases = [TextChange(0, text)]
     for change in curriculum:
         lengths = {
             name: getattr(change, name)
@@ -97,7 +97,7 @@ def text_phases(text: TextSettings, curriculum: Sequence[CurriculumConfig]) -> l
             if getattr(change, name) is not None
         }
         if lengths:
-            phases.append(TextPhase(change.from_step, replace(phases[-1].text, **lengths)))
+            phases.append(TextChange(change.from_step, replace(phases[-1].text, **lengths)))
     return phases
 
 
@@ -239,7 +239,7 @@ def _tokenizer(config: TrainConfig, sources: Sequence[Source], shares: Sequence[
     texts = sample_texts(
         sources,
         shares,
-        most_records=TOKENIZER_RECORDS,
+        max_records=TOKENIZER_RECORDS,
         skip_faults=config.data.on_fault == "skip",
     )
     with _parallel_tokenizers():

@@ -7,14 +7,14 @@ from typing import Any
 
 from largebatch.batch import RankBatch
 from largebatch.config import TrainConfig
-from largebatch.data.holes import HoleLog, read_holes, rows_by_step
 from largebatch.data.linelog import LineLog
+from largebatch.data.skipped import SkippedLog, read_skipped, rows_by_step
 from largebatch.data.source import Source
 from largebatch.data.stream import Stream, usable_records
 from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
 from largebatch.step.objective import SourceNote
-from largebatch.train.build import build_schedule, build_sources, text_phases
+from largebatch.train.build import build_schedule, build_sources, text_changes
 from largebatch.world import World
 
 SHARE_OF_AT_LEAST = 1_000_000
@@ -44,16 +44,16 @@ class Feed:
         if (steps := self.schedule.num_steps) is not None and steps < config.max_steps:
             raise UserError(
                 f"max_steps={config.max_steps} is more than the {steps:,} batches that the sources "
-                f"give within {config.data.told_epochs()}; lower it, or raise or unset those"
+                f"give within {config.data.epoch_options()}; lower it, or raise or unset those"
             )
-        self._holes = HoleLog(folder / "holes", world.rank)
-        self._known_holes = read_holes(folder / "holes")
+        self._skipped_log = SkippedLog(folder / "skipped", world.rank)
+        self._known_skipped = read_skipped(folder / "skipped")
         # The number of ranks is in the name, since a resumed run may have others, whose parts of a
         # step that is taken again are other ones.
         self._records = LineLog(
             folder / "records" / f"rank-{world.rank:05d}-of-{world.size:05d}.jsonl", durable=False
         )
-        self.num_skipped = sum(hole.step < first_step for hole in self._known_holes)
+        self.num_skipped = sum(hole.step < first_step for hole in self._known_skipped)
         """Rows of all ranks that were skipped so far."""
 
     def check_fields(self, fields: Collection[str]) -> None:
@@ -115,16 +115,16 @@ class Feed:
             self.sources,
             self.schedule,
             tokenizer=tokenizer,
-            text=text_phases(text, data.curriculum),
+            text=text_changes(text, data.curriculum),
             world=self.world,
             workers=data.workers,
             prefetch=data.prefetch,
             buffer_bytes=data.buffer_mib * 2**20,
             skip_faults=data.on_fault == "skip",
-            known_holes=rows_by_step(self._known_holes),
+            known_skipped=rows_by_step(self._known_skipped),
         )
         for batch in stream.batches(self.first_step, self.config.max_steps):
-            self._holes.add(batch.new_holes)
+            self._skipped_log.add(batch.newly_skipped)
             if self.config.logger.records:
                 self._records.append(
                     [{"step": batch.step, "records": batch.ids, "places": batch.places}]

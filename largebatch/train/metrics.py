@@ -50,7 +50,7 @@ class StepMeter:
         self._results: list[StepResult] = []
         self._num_truncated = 0
         self._num_texts = 0
-        self._num_holes = 0
+        self._num_skipped_here = 0
         self._waited_s = 0.0
         self._since_s = time.perf_counter()
 
@@ -79,7 +79,7 @@ class StepMeter:
         """Note a step."""
         self._results.append(result)
         self._num_truncated += batch.num_truncated
-        self._num_holes += batch.num_holes
+        self._num_skipped_here += batch.num_skipped
         self._num_texts += sum(
             side.num_texts for side in (batch.queries, batch.documents, batch.negatives)
         )
@@ -112,12 +112,12 @@ class StepMeter:
             sum(report.work.num_padded_tokens for report in reports),
             self._num_truncated,
             self._num_texts,
-            self._num_holes,
+            self._num_skipped_here,
         ]
         tokens, encoded, padded, truncated, texts, skipped = self._collectives.sum(
             torch.tensor(counts, dtype=torch.float64, device=self._device)
         ).tolist()
-        waited_s, memory_gib, most_padded = self._collectives.max(
+        waited_s, memory_gib, max_padded = self._collectives.max(
             torch.tensor(
                 [self._waited_s, peak_memory_gib(self._device), counts[2]],
                 dtype=torch.float64,
@@ -135,9 +135,9 @@ class StepMeter:
             "train/param_norm": param_norm,
             "train/pairs_per_s": num_steps * self._config.global_batch / duration_s,
             "train/tokens_per_s": tokens / duration_s,
-            "train/forwards": sum(report.work.units for report in reports) / num_steps,
+            "train/forwards": sum(report.work.forwards for report in reports) / num_steps,
             "train/padding_share": 1 - encoded / max(padded, 1),
-            "train/imbalance": most_padded * self._collectives.world.size / max(padded, 1) - 1,
+            "train/imbalance": max_padded * self._collectives.world.size / max(padded, 1) - 1,
             "train/truncated_share": truncated / max(texts, 1),
             "train/data_wait_share": waited_s / duration_s,
             "train/memory_gib": memory_gib,

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Run = dict[str, Series]
-Painter = Callable[["Axes", Run], None]
+Metrics = dict[str, Series]
+Painter = Callable[["Axes", Metrics], None]
 
 _WIDTH, _HEIGHT = 6.4, 4.0  # of one plot, in inches
 _RETRIEVAL_METRICS = (
@@ -80,7 +80,7 @@ def draw_plots(folder: Path) -> list[Path]:
     return written
 
 
-def _read_run(path: Path) -> Run:
+def _read_run(path: Path) -> Metrics:
     """Return the metrics that have a finite value at least once, by name."""
     points: dict[str, list[tuple[int, float]]] = {}
     for entry in read_metrics(path):
@@ -92,7 +92,7 @@ def _read_run(path: Path) -> Run:
 
 
 def _figure(
-    run: Run,
+    run: Metrics,
     title: str,
     painters: list[Painter],
     *,
@@ -122,19 +122,19 @@ def _figure(
     return figure
 
 
-def _loss(ax: "Axes", run: Run) -> None:
+def _loss(ax: "Axes", run: Metrics) -> None:
     draw_noisy_curve(ax, run["train/loss"], BLUE)
     ax.set_ylabel("loss")
 
 
-def _accuracy(ax: "Axes", run: Run) -> None:
+def _accuracy(ax: "Axes", run: Metrics) -> None:
     draw_noisy_curve(ax, run["train/accuracy"], GREEN)
     _start_at_zero(ax)
     _show_percent(ax)
     ax.set_ylabel("in-batch accuracy")
 
 
-def _temperature(ax: "Axes", run: Run) -> None:
+def _temperature(ax: "Axes", run: Metrics) -> None:
     series = run["train/temperature"]
     draw_curve(ax, series, PURPLE)
     low, high = np.nanmin(series.values), np.nanmax(series.values)
@@ -145,34 +145,34 @@ def _temperature(ax: "Axes", run: Run) -> None:
     add_inverse_axis(ax, "logit scale (1 / temperature)")
 
 
-def _of_objective(name: str, ax: "Axes", run: Run) -> None:
+def _of_objective(name: str, ax: "Axes", run: Metrics) -> None:
     draw_noisy_curve(ax, run[name], GREEN)
     ax.yaxis.set_major_formatter(short_number)
     ax.set_ylabel(name.removeprefix("train/").replace("_", " "))
 
 
-def _learning_rate(ax: "Axes", run: Run) -> None:
+def _learning_rate(ax: "Axes", run: Metrics) -> None:
     draw_curve(ax, run["train/lr"], ORANGE)
     _start_at_zero(ax)
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:.3g}")
     ax.set_ylabel("learning rate")
 
 
-def _pairs_per_s(ax: "Axes", run: Run) -> None:
+def _pairs_per_s(ax: "Axes", run: Metrics) -> None:
     draw_noisy_curve(ax, run["train/pairs_per_s"], BLUE)
     _start_at_zero(ax)
     ax.yaxis.set_major_formatter(short_number)
     ax.set_ylabel("pairs per second")
 
 
-def _tokens_per_s(ax: "Axes", run: Run) -> None:
+def _tokens_per_s(ax: "Axes", run: Metrics) -> None:
     draw_noisy_curve(ax, run["train/tokens_per_s"], GREEN)
     _start_at_zero(ax)
     ax.yaxis.set_major_formatter(short_number)
     ax.set_ylabel("tokens per second")
 
 
-def _data_wait(ax: "Axes", run: Run) -> None:
+def _data_wait(ax: "Axes", run: Metrics) -> None:
     draw_noisy_curve(ax, run["train/data_wait_share"], RED)
     _start_at_zero(ax, smallest_top=0.1)
     _show_percent(ax)
@@ -182,7 +182,7 @@ def _data_wait(ax: "Axes", run: Run) -> None:
 def _painter_of_set(set_name: str) -> Painter:
     """Return what paints all scores of one retrieval set."""
 
-    def paint(ax: "Axes", run: Run) -> None:
+    def paint(ax: "Axes", run: Metrics) -> None:
         labels = []
         for metric, title, color in _RETRIEVAL_METRICS:
             if series := run.get(f"eval/{set_name}/{metric}"):
@@ -199,7 +199,7 @@ def _painter_of_set(set_name: str) -> Painter:
     return paint
 
 
-def _retrieval(ax: "Axes", run: Run) -> None:
+def _retrieval(ax: "Axes", run: Metrics) -> None:
     """Paint nDCG@10 of all retrieval sets."""
     labels = []
     colors = (BLUE, ORANGE, GREEN, PURPLE, RED)
@@ -216,7 +216,7 @@ def _retrieval(ax: "Axes", run: Run) -> None:
     ax.set_ylabel("retrieval (nDCG@10)")
 
 
-def _set_names(run: Run) -> list[str]:
+def _set_names(run: Metrics) -> list[str]:
     """Return the retrieval sets that have a score of the model, not of BM25 only."""
     names = [name.removeprefix("eval/").rpartition("/") for name in run if name[:5] == "eval/"]
     found = dict.fromkeys(name for name, _, metric in names if metric == "ndcg@10")

@@ -15,6 +15,7 @@ from largebatch.parallel.process_group import (
     world_from_environment,
 )
 from largebatch.train.memory import bound_kernel_cache
+from largebatch.world import num_cores
 
 
 class Rank(NamedTuple):
@@ -49,4 +50,4 @@ def _num_threads(config: TrainConfig, world_size: int) -> int:
     if config.hardware.threads:
         return config.hardware.threads
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    return max(1, num_cores() // ranks_here)

@@ -1,9 +1,9 @@
 """The training run, in the order in which it happens.
 
 1. `train`: connect the ranks, lock the run folder, see how far an earlier process came.
-2. `_Run.__init__`: build the parts; load the last checkpoint.
-3. `_Run.loop`: take the steps (each is `train_step`), log, evaluate, save.
-4. `_Run.finish`: score the best weights on the test sets, export them, draw the plots.
+2. `_Training.__init__`: build the parts; load the last checkpoint.
+3. `_Training.loop`: take the steps (each is `train_step`), log, evaluate, save.
+4. `_Training.finish`: score the best weights on the test sets, export them, draw the plots.
 
 Nothing here knows what is optimized, or how weights are spread over ranks.
 """
@@ -69,12 +69,12 @@ def train(config: TrainConfig) -> None:
         collectives.on_main(lambda: _open_folder(folder, stack))
         progress = collectives.on_main(lambda: find_progress(folder, config))
         if progress.is_over:
-            collectives.on_main(lambda: _tell_that_it_is_over(folder, config))
+            collectives.on_main(lambda: _say_that_it_is_over(folder, config))
         else:
-            _Run(config, folder, device, collectives, progress).start()
+            _Training(config, folder, device, collectives, progress).start()
 
 
-class _Run:
+class _Training:
     """The parts of a run, on one rank."""
 
     def __init__(
@@ -415,6 +415,6 @@ def _open_folder(folder: Path, stack: ExitStack) -> None:
     stack.callback(lock.release)
 
 
-def _tell_that_it_is_over(folder: Path, config: TrainConfig) -> None:
+def _say_that_it_is_over(folder: Path, config: TrainConfig) -> None:
     print_lines([f"{folder} has all its {config.max_steps} steps, and nothing is left to do"])
     print_result(folder)

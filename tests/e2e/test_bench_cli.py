@@ -69,7 +69,7 @@ def test_figures_belong_together(sweep: Sweep) -> None:
         )
         assert figures["pairs_per_s"] in figures["pairs_per_s_of_repeats"]
         assert len(figures["pairs_per_s_of_repeats"]) == 2
-        assert figures["units"] == {"none": 4.0, "all": 3.0}[keep]
+        assert figures["forwards"] == {"none": 4.0, "all": 3.0}[keep]
         assert 0 < figures["useful_flops_per_s"] < figures["paid_flops_per_s"]
         assert 0 < figures["useful_share_of_matmul"] < figures["paid_share_of_matmul"] < 1.5
         assert 0.05 < figures["memory_gib"] < 4

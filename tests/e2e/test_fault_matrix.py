@@ -38,9 +38,9 @@ from fault_server import (
 from numerics.reference import tiny_encoder
 from numerics.tiny_run import same, tensors, tiny_config, train_on_ranks
 
-from largebatch.batch import Hole
+from largebatch.batch import SkippedRow
 from largebatch.config import DataConfig, EvalConfig, LoggerConfig, SourceConfig
-from largebatch.data.holes import read_holes
+from largebatch.data.skipped import read_skipped
 from largebatch.data.text import TextSettings, train_tokenizer
 from largebatch.errors import DataError, UserError
 from largebatch.shards import index as index_module
@@ -513,7 +513,7 @@ class Outcome(NamedTuple):
 
     ids: list[list[str]]
     """Of each step, all ranks' parts joined."""
-    holes: list[Hole]
+    holes: list[SkippedRow]
     error: str | None
     requests: list[Request]
     """For the faulty shard."""
@@ -613,11 +613,11 @@ def read(case: Case, shards, server: FaultServer, output: Path, tokenizer, *, si
             zip(*(feed.batches(tokenizer, text) for feed in feeds), strict=True), start=1
         ):
             ids.append([name for part in parts for name in part.ids])
-            feeds[0].count_skipped(step, sum(part.num_holes for part in parts))
+            feeds[0].count_skipped(step, sum(part.num_skipped for part in parts))
     except UserError as caught:
         error = str(caught)
     requests = server.requests_for(f"/shards/{FAULTY}")
-    return Outcome(ids, read_holes(output / "holes"), error, requests, numbers, segments_read)
+    return Outcome(ids, read_skipped(output / "skipped"), error, requests, numbers, segments_read)
 
 
 def by_schedule(feed: Feed, size: int) -> tuple[list[list[int]], list[set[int]]]:
@@ -804,7 +804,7 @@ def test_a_run_without_an_unreachable_shard_is_the_same_on_1_and_2_ranks(
     ]
     for output in outputs:
         assert list(batches(output).values()) == [names(part, WHOLE_SHARD) for part in numbers]
-        assert [(hole.step, hole.row) for hole in read_holes(output / "holes")] == left_out
+        assert [(hole.step, hole.row) for hole in read_skipped(output / "skipped")] == left_out
         assert [entry["train/skipped_pairs"] for entry in metrics(output)] == [
             sum(hole_step < step for hole_step, _ in left_out) for step in range(1, STEPS + 1)
         ]
@@ -837,7 +837,7 @@ def test_passing_faults_leave_the_same_weights_and_a_slow_server_shows_as_waitin
         case = Case(name, "", "", answers=plan)
         run_config, _ = prepare(case, name, read_attempts=len(faults) + 1)
         train_on_ranks(run_config, 2)
-        assert read_holes(tmp_path / name / "holes") == []
+        assert read_skipped(tmp_path / name / "skipped") == []
         assert metrics(tmp_path / name)[-1]["train/skipped_pairs"] == 0
     whole, with_faults, slow = (tmp_path / name for name in answers)
     for other in (with_faults, slow):
@@ -875,10 +875,10 @@ def test_the_command_fails_with_the_line_and_then_goes_on_without_the_record(
     done = largebatch(*command("shards", every, "data.on_fault=skip"), cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
     assert "steps 1 to" not in done.out  # it went on from where it was stopped
-    (hole, *_) = read_holes(tmp_path / "run" / "holes")
+    (hole, *_) = read_skipped(tmp_path / "run" / "skipped")
     assert matches(case.told, hole.reason, "shards")
     assert metrics(tmp_path / "run")[-1]["train/skipped_pairs"] == len(
-        read_holes(tmp_path / "run" / "holes")
+        read_skipped(tmp_path / "run" / "skipped")
     )
     assert shards == tmp_path / "shards"
 
@@ -890,7 +890,7 @@ def test_the_command_says_that_too_much_is_unreachable(make, tmp_path: Path, tok
     skip = ("data.on_fault=skip", "data.max_skipped_share=0.00001")
     done = largebatch(*command(shards, *skip), cwd=tmp_path)
     assert "data.max_skipped_share=1e-05 allows (10); see run/holes" in done.error()
-    reasons = {hole.reason for hole in read_holes(tmp_path / "run" / "holes")}
+    reasons = {hole.reason for hole in read_skipped(tmp_path / "run" / "skipped")}
     assert reasons
     assert all("cannot be read after 2 attempts: 500" in reason for reason in reasons)
 

@@ -17,4 +17,4 @@ def test_a_killed_run_trains_on_the_same_records(tmp_path: Path) -> None:
     outcome = run_with_kills(tmp_path, kills=5, seed=1, batches="one_source", start=WarmProcess)
     assert len(outcome.kills) == 5
     assert len({kill.ranks for kill in outcome.kills}) > 2
-    assert outcome.num_holes > 5
+    assert outcome.num_skipped > 5

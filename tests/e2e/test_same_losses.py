@@ -20,7 +20,7 @@ from numerics.reference import tiny_encoder
 from numerics.tiny_run import tiny_config
 from plain_training import largest_difference, losses_of_run, plain_losses
 
-from largebatch.batch import Run
+from largebatch.batch import LengthGroup
 from largebatch.config import (
     BackboneConfig,
     CheckpointConfig,
@@ -147,7 +147,7 @@ def let_packed_texts_see_each_other():
 
     def attend(*arguments, packing=None, **options):
         if packing is not None:
-            packing = packing._replace(runs=(Run(1, packing.position_ids.numel()),))
+            packing = packing._replace(groups=(LengthGroup(1, packing.position_ids.numel()),))
         return packed_attention(*arguments, packing=packing, **options)
 
     attention.packed_attention = attend

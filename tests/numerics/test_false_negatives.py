@@ -123,7 +123,7 @@ def pairs_of(queries, documents, negatives, ids):
 def tell(objective, collectives, pairs):
     """Return what ranks tell each other in a step."""
     step = SimpleNamespace(objective=objective, collectives=collectives)
-    return GradCache._tell(step, pairs, 0, 0)
+    return GradCache._exchange_facts(step, pairs, 0, 0)
 
 
 def objective_on_rank(symmetric, mask_duplicates=True, steps=1, with_ids=True):
@@ -157,7 +157,7 @@ def objective_on_rank(symmetric, mask_duplicates=True, steps=1, with_ids=True):
             counts = [one.num_pairs + one.num_negatives for one in facts]
             gathered_md = collectives.gather_rows(torch.cat(leaves[1:]), counts).rows
             first = sum(counts[: world.rank])
-            value = objective.evaluate(
+            value = objective.compute(
                 EmbeddedBatch(*leaves, None, gathered_md, first, facts, LossOptions(), collectives)
             )
             value.own_share.backward()

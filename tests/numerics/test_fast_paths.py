@@ -26,7 +26,7 @@ import largebatch.model.encoder as encoder_module
 import largebatch.objectives.contrastive as objective_module
 import largebatch.parallel.deepspeed as deepspeed_module
 import largebatch.step.passes as passes_module
-from largebatch.batch import Run
+from largebatch.batch import LengthGroup
 from largebatch.model import attention
 from largebatch.parallel import fsdp
 from largebatch.parallel.collectives import Collectives
@@ -151,7 +151,7 @@ def packed_texts_see_each_other():
 
     def attend(*arguments, packing=None, **options):
         if packing is not None:
-            packing = packing._replace(runs=(Run(1, packing.position_ids.numel()),))
+            packing = packing._replace(groups=(LengthGroup(1, packing.position_ids.numel()),))
         return plain(*arguments, packing=packing, **options)
 
     attention.packed_attention = attend
@@ -212,7 +212,7 @@ def fillers_have_a_gradient():
 def duplicates_count_once():
     """A text that occurs several times gets the gradient of its first occurrence only."""
     gather_rows = Collectives.gather_rows
-    evaluate = objective_module.ContrastiveLoss.evaluate
+    evaluate = objective_module.ContrastiveLoss.compute
 
     def first_only(rows):
         same = (rows[:, None] == rows).all(2)
@@ -225,7 +225,7 @@ def duplicates_count_once():
         return evaluate(self, batch._replace(queries_bd=first_only(batch.queries_bd)))
 
     Collectives.gather_rows = gather
-    objective_module.ContrastiveLoss.evaluate = evaluate_first
+    objective_module.ContrastiveLoss.compute = evaluate_first
 
 
 def rows_stay_in_the_order_of_chunks():

@@ -203,7 +203,7 @@ def dropout_step(world_size, symmetric, keep, packing):
     state = torch.get_rng_state()
     step = GradCache(encoder, loss, tokens_per_chunk=60, **KEEPS[keep], balance=False)
     report = step.accumulate(rank_batch([QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows]))
-    kept_share = 4 - report.work.units
+    kept_share = 4 - report.work.forwards
     return gradients(encoder, loss), state.numpy(), torch.get_rng_state().numpy(), kept_share
 
 

@@ -61,11 +61,11 @@ def test_units_are_the_work_really_done(options, packing):
         report = step.accumulate(BATCH)
     contrast = 2 * 3 * 20 * 20 * 16  # products of the loss itself, at least
     units = (whole.get_total_flops() - contrast) / forward.get_total_flops()
-    assert report.work.units == pytest.approx(units, rel=0.02)
+    assert report.work.forwards == pytest.approx(units, rel=0.02)
     if options == SOME:
-        assert 3.1 < report.work.units < 3.9
+        assert 3.1 < report.work.forwards < 3.9
     else:
-        assert report.work.units == {"none": 4, "all": 3}[options["keep"]]
+        assert report.work.forwards == {"none": 4, "all": 3}[options["keep"]]
 
 
 @pytest.mark.parametrize("packing", ["off", "on"])
@@ -135,7 +135,7 @@ def test_a_budget_means_nothing_where_nothing_is_kept():
     step = GradCache(
         tiny_encoder(), tiny_loss(symmetric=False), tokens_per_chunk=60, keep="none", keep_gib=1
     )
-    assert step.accumulate(BATCH).work.units == 4
+    assert step.accumulate(BATCH).work.forwards == 4
     assert step.memory.keep_plan is None
 
 
@@ -143,12 +143,12 @@ def test_a_decision_is_stored_and_set_again():
     encoder, loss = tiny_encoder(), tiny_loss(symmetric=False)
     first = GradCache(encoder, loss, tokens_per_chunk=60, **SOME)
     assert first.memory.keep_plan is None
-    units = first.accumulate(BATCH).work.units
+    units = first.accumulate(BATCH).work.forwards
     stored = json.loads(json.dumps(first.memory.to_dict()))["keep_plan"]
     again = GradCache(encoder, loss, tokens_per_chunk=60, keep="auto", keep_gib=99)
     again.memory.keep_plan = KeepPlan(**stored)
     assert again.memory.keep_plan == first.memory.keep_plan
-    assert again.accumulate(BATCH).work.units == units
+    assert again.accumulate(BATCH).work.forwards == units
     assert 3 < units < 4
 
 
@@ -246,7 +246,7 @@ def test_every_strategy_keeps(name, options):
         strategy.step(0.1)
         moments = strategy.optimizer_state()
         moments = {n: m for n, m in moments.items() if n.startswith("exp_avg.")}
-        return float(norm), moments, report.work.units
+        return float(norm), moments, report.work.forwards
 
     results = run_ranks(on_rank, 2)
     _, expected = full_batch_gradient(tiny_encoder(), tiny_loss(symmetric=True), QUERIES, DOCUMENTS)

@@ -175,7 +175,7 @@ def test_less_is_kept(monkeypatch, options):
     monkeypatch.setattr(Passes, "_embed_one", before_first_passes(fourth_graph))
     with seen_passes(monkeypatch) as passes:
         first = step.accumulate(rank_batch(QUERIES, DOCUMENTS))
-    assert first.work.units == 4
+    assert first.work.forwards == 4
     assert relative_error(gradients(encoder, loss), one_graph(encoder, loss, passes)) < 1e-9
     assert step.memory.tokens_per_chunk == 40
     # The next step keeps what fits.
@@ -184,9 +184,9 @@ def test_less_is_kept(monkeypatch, options):
         second = step.accumulate(rank_batch(QUERIES, DOCUMENTS))
     assert relative_error(gradients(encoder, loss), one_graph(encoder, loss, passes)) < 1e-9
     if "keep_gib" in options:
-        assert 3 < second.work.units < 4
+        assert 3 < second.work.forwards < 4
     else:
-        assert second.work.units == 4
+        assert second.work.forwards == 4
 
 
 @pytest.mark.parametrize("options", KEEPING, ids=str)
@@ -203,7 +203,7 @@ def test_less_is_kept_where_the_backward_pass_is_too_much(monkeypatch, options):
     encoder, loss = tiny_encoder(dropout=0.3), tiny_loss(symmetric=False)
     step = GradCache(encoder, loss, tokens_per_chunk=40, **options)
     with seen_passes(monkeypatch) as passes:
-        units = step.accumulate(rank_batch(QUERIES, DOCUMENTS)).work.units
+        units = step.accumulate(rank_batch(QUERIES, DOCUMENTS)).work.forwards
     assert relative_error(gradients(encoder, loss), one_graph(encoder, loss, passes)) < 1e-9
     assert step.memory.tokens_per_chunk == 40
     if "keep_gib" in options:
@@ -289,12 +289,12 @@ def test_where_ranks_must_run_alike_it_is_told():
             step(QUERIES, DOCUMENTS)
 
 
-def largest_chunk(config, most_tokens):
+def largest_chunk(config, max_tokens):
     """Train with so much memory for a chunk, and return the largest that there was."""
     sizes = []
 
     def too_large(chunk, _):
-        if chunk.num_tokens > most_tokens:
+        if chunk.num_tokens > max_tokens:
             return True
         sizes.append(chunk.num_tokens)
         return False
@@ -305,12 +305,12 @@ def largest_chunk(config, most_tokens):
 
 
 def test_a_resumed_run_goes_on_with_the_smaller_chunks(tmp_path):
-    def train(run, steps, *, most_tokens=10**6, **changes):
+    def train(run, steps, *, max_tokens=10**6, **changes):
         config = tiny_config(data, tmp_path / run, max_steps=steps, **changes)
-        return max(run_ranks(largest_chunk, 2, config, most_tokens, init_group=False))
+        return max(run_ranks(largest_chunk, 2, config, max_tokens, init_group=False))
 
     data = write_data(tmp_path)
-    assert train("run", STOP, most_tokens=40) <= 40
+    assert train("run", STOP, max_tokens=40) <= 40
     (state,) = (tmp_path / "run" / "checkpoints").glob(f"step_*{STOP}/state.json")
     assert json.loads(state.read_text())["engine"]["tokens_per_chunk"] == 30
     shutil.copytree(tmp_path / "run", tmp_path / "other")

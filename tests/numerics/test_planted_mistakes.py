@@ -19,7 +19,7 @@ from numerics.reference import (
 
 import largebatch.model.encoder as encoder_module
 import largebatch.step.gradcache
-from largebatch.batch import Run, Texts
+from largebatch.batch import LengthGroup, Texts
 from largebatch.model import attention
 from largebatch.objectives.contrastive import ContrastiveLoss
 from largebatch.parallel import collectives, ddp
@@ -30,13 +30,13 @@ from largebatch.world import part_of_rank
 
 def lose_world_size_factor():
     """The loss is divided by all rows, and then averaged over ranks once more."""
-    plain = ContrastiveLoss.evaluate
+    plain = ContrastiveLoss.compute
 
     def evaluate(self, batch):
         value = plain(self, batch)
         return value._replace(own_share=value.own_share / batch.collectives.world.size)
 
-    ContrastiveLoss.evaluate = evaluate
+    ContrastiveLoss.compute = evaluate
 
 
 def drop_other_ranks_rows():
@@ -50,14 +50,14 @@ def drop_other_ranks_rows():
 
 def average_over_unequal_parts():
     """Each rank takes the mean over its own rows, however many they are."""
-    plain = ContrastiveLoss.evaluate
+    plain = ContrastiveLoss.compute
 
     def evaluate(self, batch):
         value = plain(self, batch)
         right = NUM_PAIRS / batch.collectives.world.size
         return value._replace(own_share=value.own_share * right / len(batch.queries_bd))
 
-    ContrastiveLoss.evaluate = evaluate
+    ContrastiveLoss.compute = evaluate
 
 
 def forget_the_temperature():
@@ -138,7 +138,7 @@ def texts_that_see_each_other(monkeypatch):
     """Attention in a packed row knows no boundaries."""
 
     def attend(*arguments, packing=None, **options):
-        whole = packing._replace(runs=(Run(1, packing.position_ids.numel()),))
+        whole = packing._replace(runs=(LengthGroup(1, packing.position_ids.numel()),))
         return packed_attention(*arguments, packing=whole, **options)
 
     packed_attention = attention.packed_attention

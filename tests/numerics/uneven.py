@@ -261,7 +261,7 @@ def gradients_on_rank(name: str, paths: Iterable[Paths]) -> dict[Paths, Found]:
                     report.work.num_chunks,
                     report.work.num_tokens - report.work.num_encoded_tokens,
                     report.work.num_padded_tokens - report.work.num_encoded_tokens,
-                    report.work.units,
+                    report.work.forwards,
                 )
                 strategy.zero_grad()
             except BaseException as error:

@@ -28,7 +28,7 @@ def figures(speed=1000.0, mfu=0.41):
         "mfu": mfu,
         "useful_share_of_matmul": 0.52,
         "paid_share_of_matmul": 0.71,
-        "units": 3.667,
+        "forwards": 3.667,
         "memory_gib": 12.345,
         "padding_share": 0.034,
         "repeated_share": 0.0,

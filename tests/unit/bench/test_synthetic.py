@@ -24,7 +24,7 @@ def test_shards_hold_distinct_pairs_within_the_lengths(tmp_path):
     data = DataConfig(sources={"made": SourceConfig(urls=[str(folder)])})
     (source,) = build_sources(TrainConfig(data=data))
     text = TextSettings(query_max_tokens=12, document_max_tokens=30)
-    sample = sample_source(source, most_records=0, text=text, tokenizer=None, num_examples=1500)
+    sample = sample_source(source, max_records=0, text=text, tokenizer=None, num_examples=1500)
     assert sample.num_usable == 1500
     documents = [record.document.split() for record in sample.examples]
     assert max(map(len, documents)) == 30

@@ -77,7 +77,7 @@ def test_only_memory_is_told_by_each_rank(monkeypatch, caplog, rank):
     levels = [logger.level for logger in loggers]
     try:
         prepare_rank()
-        StepMemory(64, "none", None).take_less(0, most_texts=2)
+        StepMemory(64, "none", None).take_less(0, max_texts=2)
         logging.getLogger("largebatch.model.settings").warning("of rank 0")
     finally:
         for logger, level in zip(loggers, levels, strict=True):

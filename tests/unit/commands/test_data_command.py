@@ -16,7 +16,7 @@ from largebatch.data.stream import Stream
 from largebatch.data.text import TextSettings, train_tokenizer
 from largebatch.shards.records import Record
 from largebatch.shards.write import ShardWriter
-from largebatch.train.build import build_schedule, build_sources, text_phases
+from largebatch.train.build import build_schedule, build_sources, text_changes
 from largebatch.world import World
 
 STEPS, BATCH = 9, 20
@@ -91,7 +91,7 @@ def streamed(monkeypatch, arguments, step, rank, text):
         sources,
         build_schedule(config, sources),
         tokenizer=train_tokenizer([f"w{word} ask:" for word in range(30)], vocab_size=300),
-        text=text_phases(text, config.data.curriculum),
+        text=text_changes(text, config.data.curriculum),
         world=World(rank=rank, size=3),
         skip_faults=True,
     )
@@ -107,7 +107,7 @@ def test_shows_exactly_what_each_rank_trains_on(folder, capsys, monkeypatch, mix
     assert [row["row"] for row in rows] == list(range(BATCH))
     for rank in range(3):
         batch = streamed(monkeypatch, options, step - 1, rank, text)
-        mine = [row for row in rows if row["rank"] == rank and row["hole"] is None]
+        mine = [row for row in rows if row["rank"] == rank and row["skipped"] is None]
         assert [f"{row['source']}/{row['id']}" for row in mine] == batch.ids
         negatives = [negative for row in mine for negative in row["negatives"]]
         for shown, tokens in (
@@ -141,7 +141,7 @@ def test_shows_who_reads_a_row_and_where_it_lies(folder, capsys):
 def find_empty(capsys, *options):
     for step in range(1, STEPS + 1):
         for row in show(capsys, f"step={step}", *options):
-            if row["hole"]:
+            if row["skipped"]:
                 return step, row
     raise AssertionError
 
@@ -149,8 +149,8 @@ def find_empty(capsys, *options):
 def test_holes_are_marked_with_the_reason(folder, capsys):
     options = ["data.sources.b.weight=3", "data.sources.a.weight=1"]
     step, row = find_empty(capsys, *options)
-    assert row["hole"]["kind"] == "empty"
-    assert "1007" in row["hole"]["reason"]
+    assert row["skipped"]["kind"] == "empty"
+    assert "1007" in row["skipped"]["reason"]
     assert row["query"] is None
     line = ["show", *OPTIONS, *options, f"step={step}"]
     out, _ = run(capsys, *line, "rows=all")
@@ -161,14 +161,14 @@ def test_holes_are_marked_with_the_reason(folder, capsys):
 
 def test_holes_that_the_run_noted_stay_holes(folder, capsys):
     (before,) = [row for row in show(capsys, "step=4") if row["row"] == 6]
-    assert before["hole"] is None
+    assert before["skipped"] is None
     (folder / "runs/run/holes").mkdir(parents=True)
     hole = {"step": 3, "row": 6, "source": "a", "kind": "unreachable", "reason": "HTTP 500"}
-    (folder / "runs/run/holes/rank-00000.jsonl").write_text(json.dumps(hole) + "\n")
+    (folder / "runs/run/skipped/rank-00000.jsonl").write_text(json.dumps(hole) + "\n")
     rows = show(capsys, "step=4")
-    assert rows[6]["hole"] == {"kind": "unreachable", "reason": "HTTP 500"}
+    assert rows[6]["skipped"] == {"kind": "unreachable", "reason": "HTTP 500"}
     assert rows[6]["query"] is None
-    assert sum(row["hole"] is not None for row in show(capsys, "step=3")) == 0
+    assert sum(row["skipped"] is not None for row in show(capsys, "step=3")) == 0
 
 
 def test_text_shows_where_a_text_is_cut(folder, capsys):

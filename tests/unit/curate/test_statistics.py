@@ -30,10 +30,8 @@ def write(folder, rows, name="here", *, records_per_shard=1000, **options):
     return Source.of_shards(name, resolve_source([str(folder)]), {}, **options)
 
 
-def sample(source, *, most_records=0, tokenizer=None, **options):
-    return sample_source(
-        source, most_records=most_records, text=TEXT, tokenizer=tokenizer, **options
-    )
+def sample(source, *, max_records=0, tokenizer=None, **options):
+    return sample_source(source, max_records=max_records, text=TEXT, tokenizer=tokenizer, **options)
 
 
 @pytest.fixture(scope="module")

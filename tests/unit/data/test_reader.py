@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from largebatch.batch import Hole
+from largebatch.batch import SkippedRow
 from largebatch.data import reader as reader_module
 from largebatch.data.reader import REMOTE_READS, Reader
 from largebatch.data.source import Source
@@ -42,7 +42,7 @@ class Reads:
         self.numbers = []
         self.attempts = []
         self.threads = set()
-        self.most_at_once = 0
+        self.max_at_once = 0
         self.bad = {}
         self.bad_offsets = ()
         self.pause_s = 0.0
@@ -58,7 +58,7 @@ class Reads:
             self.attempts.append(attempts)
             self.threads.add(threading.current_thread())
             self._at_once += 1
-            self.most_at_once = max(self.most_at_once, self._at_once)
+            self.max_at_once = max(self.max_at_once, self._at_once)
         time.sleep(self.pause_s)
         with self._lock:
             self._at_once -= 1
@@ -137,7 +137,7 @@ def test_remote_segments_are_read_at_once_by_a_bounded_number_of_threads(reads):
     found = reader.read(0, ALL)
     assert [record.id for record in found] == [str(s * SIZE + o) for s, o in places(reader, 0)]
     assert len(reads.numbers) == len(set(reads.numbers)) > REMOTE_READS
-    assert reads.most_at_once == REMOTE_READS
+    assert reads.max_at_once == REMOTE_READS
     assert threading.current_thread() not in reads.threads
     assert not any(thread.is_alive() for thread in reads.threads)
 
@@ -158,7 +158,7 @@ def test_a_failure_is_kept_for_all_rows_of_its_segment(reads, folder):
             zip(reader.read(step, ALL), places(reader, step), strict=True)
         ):
             if segment == bad:
-                assert item == Hole(step, row, "fake", "unreachable", "no answer")
+                assert item == SkippedRow(step, row, "fake", "unreachable", "no answer")
             else:
                 assert item.id == str(segment * SIZE + offset)
     assert reads.numbers.count(bad) == 1
@@ -198,7 +198,7 @@ def test_a_bad_record_concerns_its_own_row(reads, skip_faults):
     assert rows
     if skip_faults:
         found = reader.read(0, ALL)
-        holes = [item for item in found if isinstance(item, Hole)]
+        holes = [item for item in found if isinstance(item, SkippedRow)]
         assert [(hole.row, hole.kind) for hole in holes] == [(row, "empty") for row in rows]
         return
     with pytest.raises(DataError, match=r"^record 3 of \d+ \(data.on_fault=skip would") as caught:
@@ -210,7 +210,7 @@ def test_known_holes_are_not_read_at_all(reads):
     reader = make_reader()
     segments = np.array([segment for segment, _ in places(reader, 1)])
     known = np.flatnonzero(segments == segments[0]).tolist()
-    reader = make_reader(known_holes={1: known, 0: []})
+    reader = make_reader(known_skipped={1: known, 0: []})
     found = reader.read(1, ALL)
     assert [row for row, item in enumerate(found) if item is None] == known
     assert segments[0] not in reads.numbers

@@ -9,9 +9,9 @@ from dist import run_ranks
 
 from largebatch.batch import Texts
 from largebatch.config import LossOptions
-from largebatch.data.holes import rows_by_step
+from largebatch.data.skipped import rows_by_step
 from largebatch.data.source import Source
-from largebatch.data.stream import Stream, TextPhase, sample_texts
+from largebatch.data.stream import Stream, TextChange, sample_texts
 from largebatch.data.text import TextSettings, train_tokenizer
 from largebatch.errors import UserError
 from largebatch.order.schedule import Schedule, SourceShape
@@ -171,10 +171,10 @@ def test_leaves_the_random_state_alone(source, tokenizer):
 
 
 def test_sampled_texts_come_from_all_over(source):
-    texts = list(sample_texts([source], [1.0], most_records=NUM_RECORDS, skip_faults=False))
+    texts = list(sample_texts([source], [1.0], max_records=NUM_RECORDS, skip_faults=False))
     assert len(texts) == sum(2 + number % 3 for number in range(NUM_RECORDS))
     assert len(source.segments) >= 3
-    few = list(sample_texts([source], [1.0], most_records=NUM_RECORDS // 3, skip_faults=False))
+    few = list(sample_texts([source], [1.0], max_records=NUM_RECORDS // 3, skip_faults=False))
     assert 0 < len(few) < len(texts) / 2
 
 
@@ -220,7 +220,7 @@ def test_a_skipped_record_is_a_hole_and_nothing_else_moves(tmp_path, tokenizer, 
             folder = tmp_path / f"skips-{step}-{rank}"
             ranks_stream = skips(folder, tokenizer, workers=workers, world=world)
             parts += list(ranks_stream.batches(step, step + 1))
-        holes = [hole for part in parts for hole in part.new_holes]
+        holes = [hole for part in parts for hole in part.newly_skipped]
         missing = {hole.row for hole in holes}
         assert {hole.kind for hole in holes} <= {"empty", "too_large"}
         assert [name for part in parts for name in part.ids] == [
@@ -229,20 +229,20 @@ def test_a_skipped_record_is_a_hole_and_nothing_else_moves(tmp_path, tokenizer, 
         assert {expected.ids[row] for row in missing} == {
             name for name in expected.ids if name in ("here/7", "here/21")
         }
-        assert sum(part.num_holes for part in parts) == len(missing)
+        assert sum(part.num_skipped for part in parts) == len(missing)
         assert all(part.queries.num_texts == len(part.ids) for part in parts)
 
 
 def test_a_known_hole_stays_one_though_the_record_is_good_again(tmp_path, tokenizer):
     with_holes = skips(tmp_path / "skips", tokenizer)
     first = list(with_holes.batches(0, 3))
-    known = rows_by_step(hole for batch in first for hole in batch.new_holes)
+    known = rows_by_step(hole for batch in first for hole in batch.newly_skipped)
     assert sum(map(len, known.values())) >= 4
     mended = write(tmp_path / "mended", map(record, range(40)))
-    again = list(stream(mended, tokenizer, skip_faults=True, known_holes=known).batches(0, 3))
+    again = list(stream(mended, tokenizer, skip_faults=True, known_skipped=known).batches(0, 3))
     assert [batch.ids for batch in again] == [batch.ids for batch in first]
-    assert [batch.num_holes for batch in again] == [batch.num_holes for batch in first]
-    assert all(batch.new_holes == [] for batch in again)
+    assert [batch.num_skipped for batch in again] == [batch.num_skipped for batch in first]
+    assert all(batch.newly_skipped == [] for batch in again)
 
 
 def test_a_segment_that_cannot_be_read_is_tried_once(tmp_path, tokenizer, monkeypatch):
@@ -252,8 +252,8 @@ def test_a_segment_that_cannot_be_read_is_tried_once(tmp_path, tokenizer, monkey
     read = Source.read
     monkeypatch.setattr(Source, "read", lambda self, n: reads.append(n) or read(self, n))
     (one, two) = stream(source, tokenizer, skip_faults=True).batches(0, 2)
-    assert one.num_holes == two.num_holes == GLOBAL_BATCH
-    assert {hole.kind for hole in one.new_holes} == {"missing"}
+    assert one.num_skipped == two.num_skipped == GLOBAL_BATCH
+    assert {hole.kind for hole in one.newly_skipped} == {"missing"}
     assert reads == [0]
 
 
@@ -311,7 +311,7 @@ BEGINS = {"one": "w1", "two": "q:"}
 
 def test_lengths_change_with_the_step(source, tokenizer):
     short = TextSettings(query_prompt="q: ", query_max_tokens=5, document_max_tokens=6)
-    phases = [TextPhase(0, short), TextPhase(2, TEXT)]
+    phases = [TextChange(0, short), TextChange(2, TEXT)]
     longest = [
         (batch.queries.lengths.max(), batch.documents.lengths.max())
         for batch in stream(source, tokenizer, text=phases).batches(0, 4)
@@ -348,7 +348,7 @@ def test_ids_are_passed_on_only_where_their_source_says_that_they_mean_something
 def test_a_rank_of_holes_only_knows_that_ids_are_told(tmp_path, tokenizer):
     source = write(tmp_path, map(record, range(50)), mask_same_id=True)
     holes = {0: set(range(GLOBAL_BATCH))}
-    (batch,) = stream(source, tokenizer, skip_faults=True, known_holes=holes).batches(0, 1)
+    (batch,) = stream(source, tokenizer, skip_faults=True, known_skipped=holes).batches(0, 1)
     assert batch.same_ids == []
 
 

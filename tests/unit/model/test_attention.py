@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from numerics.reference import WORDS, random_texts
 
-from largebatch.batch import Packing, Run, Texts
+from largebatch.batch import LengthGroup, Packing, Texts
 from largebatch.data.text import train_tokenizer
 from largebatch.errors import UserError
 from largebatch.model import attention
@@ -245,6 +245,10 @@ def test_unknown_packing():
 
 
 def test_runs_are_on_the_host():
-    assert packing_of([3, 1, 3, 2]).runs == (Run(2, 3), Run(1, 2), Run(1, 1))
+    assert packing_of([3, 1, 3, 2]).groups == (
+        LengthGroup(2, 3),
+        LengthGroup(1, 2),
+        LengthGroup(1, 1),
+    )
     assert packing_of([3, 1, 3, 2]).boundaries.tolist() == [0, 3, 6, 8, 9]
     assert packing_of([2, 1]).position_ids.tolist() == [[0, 1, 0]]

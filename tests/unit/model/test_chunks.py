@@ -85,7 +85,7 @@ def test_packed_chunks_hold_the_texts(texts, budget, skipped):
         assert chunk.packing.position_ids.tolist() == [positions]
         assert chunk.packing.boundaries.dtype == torch.int32
         assert chunk.packing.boundaries.tolist() == [0, *np.cumsum(lengths)]
-        assert [r.length for r in chunk.packing.runs for _ in range(r.num_texts)] == lengths
+        assert [r.length for r in chunk.packing.groups for _ in range(r.num_texts)] == lengths
         assert len(rows) == 1 or sum(lengths) <= budget
         if number + 1 < len(plan):  # As many as fit.
             assert sum(lengths) + max(1, len(texts[plan[number + 1][0]])) > budget

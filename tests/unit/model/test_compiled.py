@@ -153,7 +153,7 @@ def test_a_step_has_the_gradient_of_the_full_batch(graphs, keep, options, gib):
     assert relative_error(gradients(encoder, loss), expected) < 1e-6
     assert report.work.num_chunks > 3
     if keep == "auto":
-        assert 3 < report.work.units - encoder.extra_units < 4
+        assert 3 < report.work.forwards - encoder.extra_forwards < 4
 
 
 @pytest.mark.parametrize(
@@ -261,9 +261,9 @@ def test_checkpointed_layers_hold_their_inputs_only(packing, pooling, dropout):
 
 
 def test_checkpointed_layers_cost_a_forward_pass_more():
-    assert tiny_encoder().extra_units == 0
+    assert tiny_encoder().extra_forwards == 0
     encoder = tiny_encoder(checkpoint_layers=True)
-    assert encoder.extra_units == 1
+    assert encoder.extra_forwards == 1
     (chunk,) = encoder.make_chunks(Texts.from_lists(DOCUMENTS), 10**6)[1]
     calls = []
     for layer in encoder.backbone.encoder.layer:

@@ -76,7 +76,7 @@ def value_of(objective, options, *, counts=(1, 0, 2)):
     gathered = objective.gathered_sides(options)
     columns = torch.cat([sides[("query", "document", "negative").index(side)] for side in gathered])
     facts = [Facts(3, 3, objective.knowledge(pairs))]
-    value = objective.evaluate(
+    value = objective.compute(
         EmbeddedBatch(*sides, pairs.negative_counts, columns, 0, facts, options, Collectives())
     )
     return value, [*sides, gathered]

@@ -15,10 +15,10 @@ from largebatch.shards import packed
 from largebatch.shards.find import resolve_source
 from largebatch.shards.index import (
     MAX_SEGMENT_BYTES,
+    RecordSpan,
     Segment,
     SegmentTable,
     ShardIndex,
-    Stretch,
     cut_segments,
 )
 from largebatch.shards.records import Record
@@ -156,7 +156,7 @@ def test_segments_end_where_the_next_begins_and_are_bounded():
     ends = [1024, 1024 + big, 1024 + 2 * big, 1024 + 6 * big, 2048 + 6 * big]
     begins = [0, *ends[:-1]]
     segments = cut_segments(
-        Stretch(begin, end, 1, False) for begin, end in zip(begins, ends, strict=True)
+        RecordSpan(begin, end, 1, False) for begin, end in zip(begins, ends, strict=True)
     )
     assert [s.num_records for s in segments] == [2, 1, 1, 1]
     assert [s.offset for s in segments] == [0, ends[1], ends[2], ends[3]]
@@ -165,9 +165,9 @@ def test_segments_end_where_the_next_begins_and_are_bounded():
 
 
 def test_a_packed_member_is_a_segment_of_its_own():
-    stretches = [Stretch(0, 1, 1, False), Stretch(1, 2, 5, True), Stretch(2, 3, 5, True)]
-    stretches += [Stretch(3, 4, 1, False), Stretch(4, 5, 1, False)]
-    assert [s.num_records for s in cut_segments(stretches)] == [1, 5, 5, 2]
+    spans = [RecordSpan(0, 1, 1, False), RecordSpan(1, 2, 5, True), RecordSpan(2, 3, 5, True)]
+    spans += [RecordSpan(3, 4, 1, False), RecordSpan(4, 5, 1, False)]
+    assert [s.num_records for s in cut_segments(spans)] == [1, 5, 5, 2]
 
 
 def test_a_packed_member_is_bounded_in_bytes(tmp_path):

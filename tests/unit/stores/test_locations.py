@@ -261,9 +261,9 @@ def test_retry_after_is_kept_within_bounds(server, monkeypatch):
 
 def test_pauses_grow_and_are_bounded(monkeypatch):
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.25)
-    for attempt, most_s in [(1, 0.25), (2, 0.5), (5, 4), (20, 30), (500, 30)]:
-        pauses = [remote._pause_s(attempt, 0, most_s=60) for _ in range(50)]
-        assert most_s / 2 <= min(pauses) < max(pauses) <= most_s
+    for attempt, max_s in [(1, 0.25), (2, 0.5), (5, 4), (20, 30), (500, 30)]:
+        pauses = [remote._pause_s(attempt, 0, max_s=60) for _ in range(50)]
+        assert max_s / 2 <= min(pauses) < max(pauses) <= max_s
 
 
 def test_connections_are_reused_also_by_threads(server):

@@ -18,7 +18,7 @@ from largebatch.config import (
     LossOptions,
     SourceConfig,
 )
-from largebatch.data.holes import read_holes
+from largebatch.data.skipped import read_skipped
 from largebatch.errors import UserError
 from largebatch.shards.records import Record
 from largebatch.shards.write import ShardWriter
@@ -85,7 +85,7 @@ def test_skipped_records_are_counted_noted_and_the_same_on_any_number_of_ranks(t
         train_on_ranks(config(tmp_path / "data", output), size)
     one, two = map(noted, outputs)
     assert one == two
-    holes = [{(h.step, h.row, h.kind) for h in read_holes(o / "holes")} for o in outputs]
+    holes = [{(h.step, h.row, h.kind) for h in read_skipped(o / "skipped")} for o in outputs]
     assert holes[0] == holes[1]
     assert {kind for _, _, kind in holes[0]} == {"empty"}
     assert sum(map(len, one.values())) + len(holes[0]) == STEPS * 15
@@ -111,7 +111,7 @@ def test_a_resumed_run_leaves_the_same_rows_out_though_the_shards_are_back(tmp_p
     away = tmp_path / "data" / "bad" / "shard-000001.tar"
     away.rename(tmp_path / "away.tar")
     train_on_ranks(run_config, 2)
-    before, holes = noted(tmp_path / "run"), read_holes(tmp_path / "run" / "holes")
+    before, holes = noted(tmp_path / "run"), read_skipped(tmp_path / "run" / "skipped")
     assert {hole.kind for hole in holes if hole.step >= STOP} >= {"missing"}
     stop_at(tmp_path / "run", STOP)
     # Back, and in another place, as after a copy into a bucket.
@@ -120,7 +120,7 @@ def test_a_resumed_run_leaves_the_same_rows_out_though_the_shards_are_back(tmp_p
     run_config.data.sources["bad"].urls = [str(tmp_path / "moved")]
     train_on_ranks(run_config, 1)
     assert noted(tmp_path / "run") == before
-    assert read_holes(tmp_path / "run" / "holes") == holes
+    assert read_skipped(tmp_path / "run" / "skipped") == holes
     assert metrics(tmp_path / "run")[-1]["train/skipped_pairs"] == len(holes)
 
 
@@ -147,7 +147,7 @@ def test_more_holes_than_allowed_end_the_run_on_all_ranks(tmp_path):
     messages = run_ranks(train_and_catch, 2, run_config, init_group=False)
     for message in messages:
         assert "pairs were skipped, more than data.max_skipped_share=1e-06 allows (1)" in message
-        assert str(tmp_path / "run" / "holes") in message
+        assert str(tmp_path / "run" / "skipped") in message
 
 
 def test_a_batch_of_holes_only_ends_the_run_on_all_ranks(tmp_path):

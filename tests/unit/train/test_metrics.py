@@ -64,7 +64,7 @@ class Parts:
             documents,
             step=number,
             num_truncated=len(rows),
-            num_holes=len(rows),
+            num_skipped=len(rows),
         )
         return self.take(batch)
 

@@ -1,4 +1,4 @@
-"""The tape: every record once in an epoch, from all over the source, read in order."""
+"""The order: every record once in an epoch, from all over the source, read in order."""
 
 from collections import Counter
 from itertools import pairwise
@@ -8,19 +8,19 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from largebatch.order.tape import Tape
+from largebatch.order.source_order import SourceOrder
 
 
-def places(tape, positions):
+def places(order, positions):
     """Return (segment, offset) of each position."""
-    place = tape.places(np.asarray(positions, np.int64))
+    place = order.places(np.asarray(positions, np.int64))
     return list(zip(place.segments.tolist(), place.offsets.tolist(), strict=True))
 
 
 @st.composite
-def tapes(draw):
+def orders(draw):
     sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=12))
-    return Tape(
+    return SourceOrder(
         np.array(sizes),
         epoch_records=draw(st.integers(1, sum(sizes))),
         lanes=draw(st.integers(1, 50)),
@@ -29,45 +29,45 @@ def tapes(draw):
 
 
 @settings(max_examples=100, deadline=None)
-@given(tapes(), st.integers(0, 3))
-def test_an_epoch_has_each_record_at_most_once(tape, epoch):
-    n = tape.epoch_records
-    seen = places(tape, range(epoch * n, (epoch + 1) * n))
+@given(orders(), st.integers(0, 3))
+def test_an_epoch_has_each_record_at_most_once(order, epoch):
+    n = order.epoch_records
+    seen = places(order, range(epoch * n, (epoch + 1) * n))
     assert len(set(seen)) == n
-    assert all(0 <= offset < tape.segment_sizes[segment] for segment, offset in seen)
-    if n == tape.segment_sizes.sum():  # then all of them
+    assert all(0 <= offset < order.segment_sizes[segment] for segment, offset in seen)
+    if n == order.segment_sizes.sum():  # then all of them
         counts = Counter(segment for segment, _ in seen)
-        assert [counts[s] for s in range(len(tape.segment_sizes))] == tape.segment_sizes.tolist()
+        assert [counts[s] for s in range(len(order.segment_sizes))] == order.segment_sizes.tolist()
 
 
 @settings(max_examples=60, deadline=None)
-@given(tapes(), st.lists(st.integers(0, 500), min_size=1, max_size=30))
-def test_a_position_does_not_depend_on_what_is_asked_beside_it_or_before(tape, positions):
-    fresh = Tape(
-        tape.segment_sizes, epoch_records=tape.epoch_records, lanes=tape.lanes, key=tape.key
+@given(orders(), st.lists(st.integers(0, 500), min_size=1, max_size=30))
+def test_a_position_does_not_depend_on_what_is_asked_beside_it_or_before(order, positions):
+    fresh = SourceOrder(
+        order.segment_sizes, epoch_records=order.epoch_records, lanes=order.lanes, key=order.key
     )
-    together = places(tape, positions)
+    together = places(order, positions)
     assert together == [places(fresh, [position])[0] for position in positions]
 
 
 @settings(max_examples=60, deadline=None)
-@given(tapes(), st.integers(0, 3))
-def test_each_lane_is_read_from_begin_to_end(tape, epoch):
-    n = tape.epoch_records
+@given(orders(), st.integers(0, 3))
+def test_each_lane_is_read_from_begin_to_end(order, epoch):
+    n = order.epoch_records
     positions = np.arange(epoch * n, (epoch + 1) * n)
-    lanes = tape.lanes_of(positions)
-    segments = tape.places(positions).segments
-    for lane in range(tape.lanes):
+    lanes = order.lanes_of(positions)
+    segments = order.places(positions).segments
+    for lane in range(order.lanes):
         on_lane = segments[lanes == lane].tolist()
         changes = sum(a != b for a, b in pairwise(on_lane))
         assert changes == max(len(set(on_lane)) - 1, 0)  # no segment is come back to
-    sizes = np.bincount(lanes, minlength=tape.lanes)
+    sizes = np.bincount(lanes, minlength=order.lanes)
     assert sizes.max() - sizes.min() <= 1
 
 
 def large(**changes):
     options = {"epoch_records": 100_000, "lanes": 64, "key": (0, 0)} | changes
-    return Tape(np.full(100, 1000), **options)
+    return SourceOrder(np.full(100, 1000), **options)
 
 
 def test_another_key_and_another_epoch_are_another_order():
@@ -78,9 +78,9 @@ def test_another_key_and_another_epoch_are_another_order():
 
 
 def test_records_that_an_epoch_leaves_out_are_others_in_each():
-    tape = large(epoch_records=99_000)
+    order = large(epoch_records=99_000)
     everything = {(segment, offset) for segment in range(100) for offset in range(1000)}
-    missing = [everything - set(places(tape, np.arange(99_000) + e * 99_000)) for e in range(2)]
+    missing = [everything - set(places(order, np.arange(99_000) + e * 99_000)) for e in range(2)]
     assert len(missing[0]) == len(missing[1]) == 1000
     assert len(missing[0] & missing[1]) < 100
 

@@ -1,4 +1,4 @@
-"""The tape: the endless order in which one source gives its records. Pure arithmetic.
+"""The order: the endless order in which one source gives its records. Pure arithmetic.
 
 1. Each epoch permutes the source's segments, and the records inside each, and lays them end to end.
 2. That line is cut into lanes of equal length. Positions take the next record of each lane in turn,
@@ -24,7 +24,7 @@ class Place(NamedTuple):
     """`[n]`, number of the record inside its segment."""
 
 
-class Tape:
+class SourceOrder:
     """The order of one source.
 
     Args:
@@ -55,7 +55,9 @@ class Tape:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # On its way to a loader process that is not forked: the caches can't be sent.
-        make = partial(Tape, epoch_records=self.epoch_records, lanes=self.lanes, key=self.key)
+        make = partial(
+            SourceOrder, epoch_records=self.epoch_records, lanes=self.lanes, key=self.key
+        )
         return make, (self.segment_sizes,)
 
     def lanes_of(self, positions: IndexArray) -> IndexArray:

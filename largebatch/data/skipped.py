@@ -11,35 +11,35 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from largebatch.batch import Hole
+from largebatch.batch import SkippedRow
 from largebatch.data.linelog import LineLog
 from largebatch.errors import UserError
 
 
-class HoleLog:
-    """The holes of one rank, in `holes/rank-00000.jsonl`; what is there is kept."""
+class SkippedLog:
+    """The holes of one rank, in `skipped/rank-00000.jsonl`; what is there is kept."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._log = LineLog(folder / f"rank-{rank:05d}.jsonl", durable=True)
 
-    def add(self, holes: Iterable[Hole]) -> None:
+    def add(self, holes: Iterable[SkippedRow]) -> None:
         """Note holes; they are on the disk when this returns."""
         self._log.append(hole._asdict() for hole in holes)
 
 
-def read_holes(folder: Path) -> list[Hole]:
+def read_skipped(folder: Path) -> list[SkippedRow]:
     """Return the holes that all ranks noted, by step and row, each once.
 
     Raises:
         UserError: A file there is damaged.
     """
-    found: dict[tuple[int, int], Hole] = {}
+    found: dict[tuple[int, int], SkippedRow] = {}
     for file in sorted(folder.glob("rank-*.jsonl")):
         text = file.read_text(encoding="utf-8", errors="replace")
         # Without what follows the last line's end: a kill, or another rank that is writing it.
         for number, line in enumerate(text.split("\n")[:-1], start=1):
             try:
-                hole = Hole(**json.loads(line))
+                hole = SkippedRow(**json.loads(line))
             except (ValueError, TypeError):
                 raise UserError(
                     f"{file}, line {number}, is no hole; the file is damaged: restore it, or start "
@@ -49,7 +49,7 @@ def read_holes(folder: Path) -> list[Hole]:
     return [found[place] for place in sorted(found)]
 
 
-def rows_by_step(holes: Iterable[Hole]) -> dict[int, set[int]]:
+def rows_by_step(holes: Iterable[SkippedRow]) -> dict[int, set[int]]:
     """Return the rows of each step that are holes."""
     rows: defaultdict[int, set[int]] = defaultdict(set)
     for hole in holes:
