@@ -38,7 +38,7 @@ def report(outcome: Outcome, batches: str) -> str:
         f"{len(kills)} kills of a run of {outcome.num_steps:,} steps of {GLOBAL_BATCH} pairs "
         f"({batches}), {outcome.wall_s:,.0f} s with all its starts. {outcome.repeated:,} steps "
         f"were taken more than once. {outcome.notes:,} notes of a rank's part of a step: all as in "
-        f"the undisturbed run, and so are the {outcome.num_skipped:,} holes. "
+        f"the undisturbed run, and so are the {outcome.num_skipped:,} skipped rows. "
         f"After a kill, all other processes had ended within "
         f"{max(kill.ending_s for kill in kills):.1f} s.",
         "",

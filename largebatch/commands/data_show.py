@@ -123,7 +123,7 @@ def _mix_table(config: DataShowConfig, schedule: Schedule, rows: Sequence[ShownR
         "source", "rows", "share", "skipped", "share up to here", "wanted", "epochs up to here"
     )
     counts = Counter(row.source for row in rows)
-    holes = Counter(row.source for row in rows if row.skipped)
+    skipped = Counter(row.source for row in rows if row.skipped)
     given = schedule.rows_given(config.step)
     shares, epochs = schedule.shares(config.step - 1), schedule.epochs(config.step)
     for number, source in enumerate(schedule.sources):
@@ -131,7 +131,7 @@ def _mix_table(config: DataShowConfig, schedule: Schedule, rows: Sequence[ShownR
             source.name,
             f"{counts[source.name]:,}",
             f"{counts[source.name] / len(rows):.1%}",
-            f"{holes[source.name]:,}",
+            f"{skipped[source.name]:,}",
             f"{given[number] / given.sum():.1%}",
             f"{shares[number]:.1%}",
             f"{epochs[number]:.2f}",

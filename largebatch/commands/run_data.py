@@ -67,8 +67,8 @@ def open_run_data(config: TrainConfig) -> RunData:
                 "config"
             )
     text, tokenizer = _find_text(config, folder / "backbone", notes)
-    holes = read_skipped(folder / "skipped")
-    return RunData(sources, schedule, holes, text, tokenizer, num_steps, notes)
+    skipped = read_skipped(folder / "skipped")
+    return RunData(sources, schedule, skipped, text, tokenizer, num_steps, notes)
 
 
 def _compare_with_run(config: TrainConfig, folder: Path) -> list[str]:

@@ -84,7 +84,7 @@ def read_batch(
     num_rows = reader.schedule.global_batch
     found = reader.read(step, range(num_rows))
     places = reader.schedule.rows(step, range(num_rows))
-    noted = {hole.row: hole for hole in known_skipped if hole.step == step}
+    noted = {one.row: one for one in known_skipped if one.step == step}
     places_in_run = assign_rows(num_rows, ranks=ranks, workers=workers)
     shown = _show_records(found, reader.sources, text, tokenizer)
     rows = []
@@ -204,7 +204,7 @@ def _measure(shown: Sequence[ShownText], tokenizer: Any, max_tokens: int) -> lis
 
 
 def as_json(row: ShownRow) -> Mapping[str, Any]:
-    """Return a row for machines: texts as objects, and a hole as its kind and reason."""
+    """Return a row for machines: texts as objects, and why it was skipped as kind and reason."""
 
     def entry(shown: ShownText | None) -> dict[str, Any] | None:
         return None if shown is None else {**shown._asdict(), "is_cut": shown.is_cut}

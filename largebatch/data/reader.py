@@ -25,8 +25,8 @@ class Reader:
         sources: Where records come from, in the schedule's order.
         schedule: Which record is in which row.
         buffer_bytes: Memory for segments that were read and may be needed again.
-        skip_faults: Whether a row that can't be used becomes a hole; otherwise it is an error.
-        known_skipped: BatchRows by step that are holes whatever is read.
+        skip_faults: Whether a row that can't be used is skipped; otherwise it is an error.
+        known_skipped: Rows by step that are skipped whatever is read.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Reader:
         self._silent: set[int] = set()
 
     def read(self, step: int, rows: range) -> list[Record | SkippedRow | None]:
-        """Return the records of some rows of a step; a new hole, or None for a known one.
+        """Return the records of some rows of a step; a newly skipped row, or None for a known one.
 
         Raises:
             DataError: A record can't be used, and faults are not skipped.

@@ -1,9 +1,9 @@
-"""Holes: rows of a batch whose records can't be used and were skipped.
+"""Skipped rows: those of a batch whose records can't be used.
 
-A hole keeps its place: the schedule never shifts for it, and the row is missing on all ranks. Each
-rank notes its holes in a file of its own in the run folder before the step that they belong to, so
-that a resumed run leaves the same rows out, on any number of ranks, even if a store that did not
-answer then does now.
+A skipped row keeps its place: the schedule never shifts for it, and it is missing on all ranks.
+Each rank notes those that it finds in a file of its own in the run folder, before the step that
+they belong to. So a resumed run leaves the same rows out, on any number of ranks, even if a store
+that did not answer then does now.
 """
 
 import json
@@ -17,18 +17,18 @@ from largebatch.errors import UserError
 
 
 class SkippedLog:
-    """The holes of one rank, in `skipped/rank-00000.jsonl`; what is there is kept."""
+    """The skipped rows of one rank, in `skipped/rank-00000.jsonl`; what is there is kept."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._log = LineLog(folder / f"rank-{rank:05d}.jsonl", durable=True)
 
-    def add(self, holes: Iterable[SkippedRow]) -> None:
-        """Note holes; they are on the disk when this returns."""
-        self._log.append(hole._asdict() for hole in holes)
+    def add(self, rows: Iterable[SkippedRow]) -> None:
+        """Note rows; they are on the disk when this returns."""
+        self._log.append(row._asdict() for row in rows)
 
 
 def read_skipped(folder: Path) -> list[SkippedRow]:
-    """Return the holes that all ranks noted, by step and row, each once.
+    """Return the rows that all ranks noted, by step and row, each once.
 
     Raises:
         UserError: A file there is damaged.
@@ -39,19 +39,19 @@ def read_skipped(folder: Path) -> list[SkippedRow]:
         # Without what follows the last line's end: a kill, or another rank that is writing it.
         for number, line in enumerate(text.split("\n")[:-1], start=1):
             try:
-                hole = SkippedRow(**json.loads(line))
+                row = SkippedRow(**json.loads(line))
             except (ValueError, TypeError):
                 raise UserError(
-                    f"{file}, line {number}, is no hole; the file is damaged: restore it, or start "
-                    "a new run"
+                    f"{file}, line {number}, is no skipped row; the file is damaged: restore it, "
+                    "or start a new run"
                 ) from None
-            found.setdefault((hole.step, hole.row), hole)
+            found.setdefault((row.step, row.row), row)
     return [found[place] for place in sorted(found)]
 
 
-def rows_by_step(holes: Iterable[SkippedRow]) -> dict[int, set[int]]:
-    """Return the rows of each step that are holes."""
+def rows_by_step(skipped: Iterable[SkippedRow]) -> dict[int, set[int]]:
+    """Return the rows of each step that are skipped."""
     rows: defaultdict[int, set[int]] = defaultdict(set)
-    for hole in holes:
-        rows[hole.step].add(hole.row)
+    for one in skipped:
+        rows[one.step].add(one.row)
     return dict(rows)

@@ -185,7 +185,7 @@ class _BatchMaker:
         )
         ids = [f"{record.source}/{record.id}" for record in records]
         place = self.reader.schedule.rows(step, rows)
-        # Of the schedule, not of the rows: a rank whose rows are all holes must know it too.
+        # Of the schedule, not of the rows: a rank whose rows are all skipped must know it too.
         number = self.reader.schedule.source_of(step)
         same_ids = None
         if any(
@@ -208,7 +208,7 @@ class _BatchMaker:
             same_ids=same_ids,
             places=[(int(place.segments[i]), int(place.offsets[i])) for i in usable],
             num_skipped=len(found) - len(records),
-            newly_skipped=[hole for hole in found if isinstance(hole, SkippedRow)],
+            newly_skipped=[one for one in found if isinstance(one, SkippedRow)],
         )
 
     def _tokenize(self, texts: list[str], max_tokens: int) -> tuple[Texts, int]:
@@ -287,7 +287,7 @@ def _join(parts: list[RankBatch]) -> RankBatch:
         else [name for part in parts for name in part.same_ids or ()],
         places=[place for part in parts for place in part.places],
         num_skipped=sum(part.num_skipped for part in parts),
-        newly_skipped=[hole for part in parts for hole in part.newly_skipped],
+        newly_skipped=[one for part in parts for one in part.newly_skipped],
     )
 
 

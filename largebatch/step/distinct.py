@@ -13,7 +13,7 @@ class DistinctTexts(NamedTuple):
 
     texts: Texts
     """`u` texts, in the order in which each occurs first."""
-    places: TextRows
+    numbers: TextRows
     """`[n]`, which of them each of the given texts is."""
 
 

@@ -19,6 +19,9 @@ What ranks tell each other, once per step however many chunks there are:
 2. the embeddings of the sides that the objective gathers: an all-gather, and a reduce-scatter of
    their gradient;
 3. what the objective itself combines, such as the loss.
+
+Shapes: b pairs and n negatives of this rank, u distinct texts among them, m rows of all ranks that
+the objective gathers, d embedding width.
 """
 
 from collections.abc import Sequence
@@ -29,10 +32,11 @@ import torch
 from torch import Tensor
 
 from largebatch.batch import Int64Array, RankBatch, Texts
+from largebatch.config import LossOptions
 from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
 from largebatch.out_of_memory import ends_with
-from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.collectives import Collectives, Gathering
 from largebatch.parallel.ddp import Replicas
 from largebatch.parallel.strategy import Spread
 from largebatch.phases import phase
@@ -48,7 +52,7 @@ from largebatch.step.objective import (
     StepReport,
     Work,
 )
-from largebatch.step.passes import EarlyGather, Passes, StepMustBeDoneAgain
+from largebatch.step.passes import EarlyGather, EmbeddedChunk, Passes, StepMustBeDoneAgain
 from largebatch.transfer import to_device
 
 TextList = Sequence[str] | Sequence[Sequence[int]] | Texts
@@ -183,95 +187,98 @@ class GradCache:
         sizes = {name: side.num_texts for name, side in sides.items()}
         texts = Texts.concatenate(list(sides.values()))
         distinct = distinct_texts(texts, sizes["query"])
-        places = dict(
-            zip(sides, np.split(distinct.places, np.cumsum(list(sizes.values()))[:-1]), strict=True)
-        )
+        of_sides = np.split(distinct.numbers, np.cumsum(list(sizes.values()))[:-1])
         gathered = self.objective.gathered_sides(batch.loss_options)
-        columns = [places[side] for side in gathered]
+        columns = [index for side, index in zip(sides, of_sides, strict=True) if side in gathered]
         return _Prepared(
             pairs,
-            batch,
+            batch.loss_options,
             texts,
             distinct,
+            sizes,
+            [side for side in sizes if side in gathered],
             np.concatenate(columns) if columns else np.empty(0, np.intp),
         )
 
     def _step(self, prepared: "_Prepared", *, can_redo: bool) -> StepReport:
-        pairs, batch, texts, distinct, columns = prepared
-        device = self.encoder.device
-        num_distinct = distinct.texts.num_texts
-        gathered = self.objective.gathered_sides(batch.loss_options)
-        # 1. Embed; while chunks without columns are embedded, the columns are gathered already.
-        chunks = self.passes.plan(distinct.texts, columns)
+        device, rank = self.encoder.device, self.collectives.world.rank
+        texts = prepared.distinct.texts
+        # 1. Embed. While chunks without columns are embedded, the columns are gathered already.
+        chunks = self.passes.plan(texts, prepared.columns)
         with phase("gather"):
-            told = self._exchange_facts(pairs, len(chunks), state_hash(device))
-        counts = [
-            sum({"query": b, "document": b, "negative": n}[side] for side in gathered)
-            for b, n, _ in told.facts
-        ]
+            ranks = self._exchange_facts(prepared.pairs, len(chunks), state_hash(device))
+        counts = [one.count(prepared.gathered) for one in ranks.facts]
         embeddings_ud = torch.empty(
-            num_distinct, self.encoder.embedding_width, dtype=self.encoder.dtype, device=device
+            texts.num_texts, self.encoder.embedding_width, dtype=self.encoder.dtype, device=device
         )
-        gather = EarlyGather(self.collectives, counts, embeddings_ud, columns)
-        with masks_of_rank(told.random_states, self.collectives.world.rank, device):
-            embedded = self.passes.embed(
-                distinct.texts, chunks, told.num_chunks, embeddings_ud, gather
-            )
+        gather = EarlyGather(self.collectives, counts, embeddings_ud, prepared.columns)
+        with masks_of_rank(ranks.random_states, rank, device):
+            embedded = self.passes.embed(texts, chunks, ranks.num_chunks, embeddings_ud, gather)
 
         # 2. Loss, and its gradient with respect to the embeddings.
-        leaf_ud = embeddings_ud.requires_grad_()
-        embeddings_nd = leaf_ud
-        if num_distinct < texts.num_texts:
-            embeddings_nd = leaf_ud[to_device(distinct.places, device)]
-        b, n = pairs.queries.num_texts, pairs.negatives.num_texts
-        sides = dict(
-            zip(("query", "document", "negative"), embeddings_nd.split([b, b, n]), strict=True)
-        )
-        gathered_md = None
-        if gathered:
-            with phase("gather"):
-                own = [sides[side] for side in gathered if len(sides[side])]
-                own_md = torch.cat(own) if len(own) > 1 else own[0] if own else embeddings_nd[:0]
-                gathered_md = self.collectives.gather_rows(
-                    own_md, counts, started=gather.started
-                ).rows
+        embeddings_ud.requires_grad_()
+        batch = self._embedded_batch(prepared, embeddings_ud, ranks, counts, gather.started)
         with phase("loss"):
-            value = self.objective.compute(
-                EmbeddedBatch(
-                    sides["query"],
-                    sides["document"],
-                    sides["negative"],
-                    pairs.negative_counts,
-                    gathered_md,
-                    sum(counts[: self.collectives.world.rank]),
-                    told.facts,
-                    batch.loss_options,
-                    self.collectives,
-                )
-            )
+            value = self.objective.compute(batch)
         with self.strategy.gradient_pass() as backward:
             with phase("loss"):
                 value.own_share.backward()
-            assert leaf_ud.grad is not None
+            assert embeddings_ud.grad is not None, "the loss must depend on all embeddings"
             # 3. Push it into the weights.
-            self.passes.push(embedded, leaf_ud.grad, backward, can_redo=can_redo)
+            self.passes.push(embedded, embeddings_ud.grad, backward, can_redo=can_redo)
             # 4. Leaving the context averages the gradients over ranks.
 
         assert embedded is not None  # else memory ran out, and push has said so on all ranks
-        own_chunks = [one for one in embedded if len(one.rows_n)]
-        total = max(sum(one.chunk.num_tokens for one in embedded), 1)
-        kept = sum(one.kept_tokens for one in embedded)
         return StepReport(
             value.loss,
             value.metrics,
             embeddings_ud.detach().isfinite().all(),
-            Work(
-                num_tokens=int(texts.lengths.sum()),
-                num_encoded_tokens=int(distinct.texts.lengths.sum()),
-                num_padded_tokens=sum(one.chunk.num_tokens for one in own_chunks),
-                num_chunks=len(own_chunks),
-                forwards=4.0 - kept / total + self.encoder.extra_forwards,
-            ),
+            self._work(prepared, embedded),
+        )
+
+    def _embedded_batch(
+        self,
+        prepared: "_Prepared",
+        embeddings_ud: Tensor,
+        ranks: "_FactsOfRanks",
+        counts: list[int],
+        started: Gathering | None,
+    ) -> EmbeddedBatch:
+        """Return what the objective sees, with the gathered sides of all ranks."""
+        embeddings = embeddings_ud
+        if len(embeddings_ud) < prepared.texts.num_texts:
+            embeddings = embeddings_ud[to_device(prepared.distinct.numbers, embeddings_ud.device)]
+        parts = embeddings.split(list(prepared.sizes.values()))
+        sides = dict(zip(prepared.sizes, parts, strict=True))
+        gathered_md = None
+        if prepared.gathered:
+            own = [sides[side] for side in prepared.gathered if len(sides[side])]
+            # Not copied where it is one side: it may be the largest tensor of the step.
+            own_md = torch.cat(own) if len(own) > 1 else own[0] if own else embeddings[:0]
+            with phase("gather"):
+                gathered_md = self.collectives.gather_rows(own_md, counts, started=started).rows
+        return EmbeddedBatch(
+            sides["query"],
+            sides["document"],
+            sides["negative"],
+            prepared.pairs.negative_counts,
+            gathered_md,
+            sum(counts[: self.collectives.world.rank]),
+            ranks.facts,
+            prepared.options,
+            self.collectives,
+        )
+
+    def _work(self, prepared: "_Prepared", embedded: Sequence[EmbeddedChunk]) -> Work:
+        own = [one for one in embedded if len(one.rows_n)]  # without those that only fill up
+        total = sum(one.chunk.num_tokens for one in embedded)
+        kept = sum(one.kept_tokens for one in embedded)
+        return Work(
+            num_tokens=int(prepared.texts.lengths.sum()),
+            num_encoded_tokens=int(prepared.distinct.texts.lengths.sum()),
+            num_padded_tokens=sum(one.chunk.num_tokens for one in own),
+            num_chunks=len(own),
+            forwards=4.0 - kept / max(total, 1) + self.encoder.extra_forwards,
         )
 
     def _exchange_facts(self, pairs: Pairs, num_chunks: int, random_state: int) -> "_FactsOfRanks":
@@ -311,12 +318,17 @@ class _Prepared(NamedTuple):
     """What a step works on, however often it is done again."""
 
     pairs: Pairs
-    batch: RankBatch
+    options: LossOptions
+    """What the batch's source asks for."""
     texts: Texts
-    """Of all sides."""
+    """Of all sides, queries first."""
     distinct: DistinctTexts
+    sizes: dict[str, int]
+    """Texts of each side: query, document, negative."""
+    gathered: list[str]
+    """The sides that go to the other ranks."""
     columns: Int64Array
-    """Which of the distinct texts go to the other ranks, in the order of the sides."""
+    """`[k]`, which of the distinct texts these are, side after side."""
 
 
 class _FactsOfRanks(NamedTuple):

@@ -9,10 +9,12 @@ temperature or a decoder. There are two kinds, each exact on any number of ranks
   no gather (tokens.py).
 
 A new one is a subclass in a file of `largebatch/objectives/`. Nothing else names it.
+
+Shapes: b pairs and n negatives of this rank, m rows of all ranks, d embedding width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -121,6 +123,15 @@ class Facts(NamedTuple):
     known: Mapping[str, Int64Array]
     """What the objective asked for, by name."""
 
+    def count(self, sides: Collection[str]) -> int:
+        """Return how many texts some sides of the rank have together."""
+        sizes = {
+            "query": self.num_pairs,
+            "document": self.num_pairs,
+            "negative": self.num_negatives,
+        }
+        return sum(sizes[side] for side in sides)
+
 
 class EmbeddedBatch(NamedTuple):
     """A global batch as an objective sees it on a rank: b pairs and n negatives of this rank."""
@@ -133,8 +144,9 @@ class EmbeddedBatch(NamedTuple):
     """`[b]` on the host, how many of the negatives are each query's own, in the queries' order;
     None: they are nobody's own."""
     gathered_md: Tensor | None
-    """The sides that the objective gathers, of all ranks: rank after rank, on each rank one side
-    after another. Its gradient goes back to the rows' owners. None: it gathers none."""
+    """The sides that the objective gathers, of all ranks: rank after rank, and on each rank
+    queries, documents, negatives. Its gradient goes back to the rows' owners. None: it gathers
+    none."""
     first_gathered: int
     """Which row of `gathered_md` is this rank's first."""
     facts: Sequence[Facts]
@@ -194,12 +206,16 @@ class EmbeddingObjective(Objective):
         return {}
 
     @abstractmethod
-    def gathered_sides(self, options: LossOptions) -> Sequence[Side]:
+    def gathered_sides(self, options: LossOptions) -> Collection[Side]:
         """Return which embeddings every rank needs of all ranks."""
 
     @abstractmethod
     def compute(self, batch: EmbeddedBatch) -> ObjectiveValue:
-        """Return the loss; called by all ranks, whose rows differ in number and may be none."""
+        """Return the loss; called by all ranks, whose rows differ in number and may be none.
+
+        Its graph must reach the embeddings, and `gathered_md` if there is one, on every rank, also
+        on one without rows: their gradient is added up over ranks.
+        """
 
 
 class TokenTask(NamedTuple):

@@ -53,7 +53,7 @@ class Feed:
         self._records = LineLog(
             folder / "records" / f"rank-{world.rank:05d}-of-{world.size:05d}.jsonl", durable=False
         )
-        self.num_skipped = sum(hole.step < first_step for hole in self._known_skipped)
+        self.num_skipped = sum(row.step < first_step for row in self._known_skipped)
         """Rows of all ranks that were skipped so far."""
 
     def check_fields(self, fields: Collection[str]) -> None:
@@ -144,7 +144,8 @@ class Feed:
             raise UserError(
                 f"step {step}: {self.num_skipped:,} of {pairs:,} pairs were skipped, more than "
                 f"data.max_skipped_share={self.config.data.max_skipped_share} allows "
-                f"({most:,.0f}); see {self.folder / 'holes'}, mend the shards, or raise the option"
+                f"({most:,.0f}); see {self.folder / 'skipped'}, mend the shards, or raise the "
+                "option"
             )
 
     def sources_of(self, step: int) -> list[SourceNote]:

@@ -228,7 +228,7 @@ def test_dropout_equals_one_graph_over_the_same_chunks_and_states(ranks, symmetr
         # The generator goes on from where the first pass left it, as without a cache.
         np.testing.assert_array_equal(torch.get_rng_state().numpy(), after)
         embeddings = embeddings[torch.from_numpy(np.argsort(np.concatenate(plan)))]
-        embeddings = embeddings[torch.from_numpy(distinct.places)]
+        embeddings = embeddings[torch.from_numpy(distinct.numbers)]
         queries.append(embeddings[: len(rows)])
         documents.append(embeddings[len(rows) :])
     plain_infonce(

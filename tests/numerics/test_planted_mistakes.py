@@ -138,7 +138,7 @@ def texts_that_see_each_other(monkeypatch):
     """Attention in a packed row knows no boundaries."""
 
     def attend(*arguments, packing=None, **options):
-        whole = packing._replace(runs=(LengthGroup(1, packing.position_ids.numel()),))
+        whole = packing._replace(groups=(LengthGroup(1, packing.position_ids.numel()),))
         return packed_attention(*arguments, packing=whole, **options)
 
     packed_attention = attention.packed_attention
@@ -151,10 +151,10 @@ def texts_merged_by_their_length(monkeypatch):
     def merge(texts, num_pairs):
         zeros = Texts(np.zeros_like(texts.tokens), texts.lengths)
         found = distinct_texts(zeros, num_pairs)
-        _, first = np.unique(found.places, return_index=True)
+        _, first = np.unique(found.numbers, return_index=True)
         starts = np.cumsum(texts.lengths) - texts.lengths
         kept = [texts.tokens[starts[i] :][: texts.lengths[i]].tolist() for i in first]
-        return DistinctTexts(Texts.from_lists(kept), found.places)
+        return DistinctTexts(Texts.from_lists(kept), found.numbers)
 
     monkeypatch.setattr(largebatch.step.gradcache, "distinct_texts", merge)
 

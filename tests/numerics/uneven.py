@@ -195,7 +195,7 @@ def embed_by_chunks(
             continue
         order = list(range(len(chunks)))
         if columns_first:
-            columns = distinct.places[sizes[0] :]
+            columns = distinct.numbers[sizes[0] :]
             order.sort(key=lambda number: not np.isin(plan[number], columns).any())
         torch.manual_seed(100 + rank)
         rows = np.concatenate([plan[number] for number in order])
@@ -207,7 +207,7 @@ def embed_by_chunks(
             embedded.append(encoder(chunk)[: len(plan[number])])
         embeddings_ud = torch.cat(embedded)
         embeddings_ud = embeddings_ud[torch.from_numpy(np.argsort(rows))]
-        embeddings_nd = embeddings_ud[torch.from_numpy(distinct.places)]
+        embeddings_nd = embeddings_ud[torch.from_numpy(distinct.numbers)]
         for side, embeddings in zip(sides, embeddings_nd.split(sizes), strict=True):
             side.append(embeddings)
     return [torch.cat(side) for side in sides]

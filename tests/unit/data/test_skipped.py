@@ -37,5 +37,5 @@ def test_a_line_that_a_kill_cut_off_is_forgotten(tmp_path):
 
 def test_a_damaged_line_is_one_clear_error(tmp_path):
     (tmp_path / "rank-00003.jsonl").write_text('{"step": 2}\n')
-    with pytest.raises(UserError, match=r"rank-00003.jsonl, line 1, is no hole"):
+    with pytest.raises(UserError, match=r"rank-00003.jsonl, line 1, is no skipped row"):
         read_skipped(tmp_path)

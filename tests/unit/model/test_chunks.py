@@ -112,14 +112,14 @@ def test_distinct_texts_are_each_there_once(pairs, negatives):
     ends = np.cumsum(found.texts.lengths)[:-1]
     distinct = [part.tolist() for part in np.split(found.texts.tokens, ends)]
     distinct = distinct[: found.texts.num_texts]  # split makes a part of nothing, too
-    assert [distinct[place] for place in found.places] == texts
+    assert [distinct[place] for place in found.numbers] == texts
     for i in range(num_pairs):
         if texts[i] == texts[i + num_pairs]:
-            assert found.places[i] != found.places[i + num_pairs]
+            assert found.numbers[i] != found.numbers[i + num_pairs]
     own = {tuple(texts[i]) for i in range(num_pairs) if texts[i] == texts[i + num_pairs]}
     assert len(distinct) == len(set(map(tuple, texts))) + len(own)
 
 
 def test_texts_that_differ_in_their_boundaries_only_are_not_identical():
     found = distinct_texts(Texts.from_lists([[1, 2], [3], [1], [2, 3], [1]]), 2)
-    assert found.places.tolist() == [0, 1, 2, 3, 2]
+    assert found.numbers.tolist() == [0, 1, 2, 3, 2]
