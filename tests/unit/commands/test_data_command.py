@@ -162,7 +162,7 @@ def test_holes_are_marked_with_the_reason(folder, capsys):
 def test_holes_that_the_run_noted_stay_holes(folder, capsys):
     (before,) = [row for row in show(capsys, "step=4") if row["row"] == 6]
     assert before["skipped"] is None
-    (folder / "runs/run/holes").mkdir(parents=True)
+    (folder / "runs/run/skipped").mkdir(parents=True)
     hole = {"step": 3, "row": 6, "source": "a", "kind": "unreachable", "reason": "HTTP 500"}
     (folder / "runs/run/skipped/rank-00000.jsonl").write_text(json.dumps(hole) + "\n")
     rows = show(capsys, "step=4")
