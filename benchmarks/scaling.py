@@ -110,7 +110,7 @@ def table(
         "",
         f"A growing batch at {options.at} processes:",
         "",
-        "| global batch | pairs/s | seconds per step | loss, share of the step | units "
+        "| global batch | pairs/s | seconds per step | loss, share of the step | forwards "
         "| peak memory of a process, GiB |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
@@ -120,7 +120,7 @@ def table(
             f"| {case['case']['global_batch']:,} | {figures['pairs_per_s']:,.0f} "
             f"| {figures['step_s']:.2f} "
             f"| {figures['phases_s']['loss'] / figures['step_s']:.1%} "
-            f"| {figures['units']:.2f} | {figures['memory_gib']:.2f} |"
+            f"| {figures['forwards']:.2f} | {figures['memory_gib']:.2f} |"
         )
     return "\n".join([*lines, "", "Made by `python benchmarks/scaling.py`.", ""])
 

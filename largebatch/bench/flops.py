@@ -5,8 +5,8 @@ operations (a multiply-add is two). The three numbers are what torch's FlopCount
 three lengths, so they hold for any architecture whose attention is full; where it is causal or in
 windows, they count all of the matrix, as is usual.
 
-Useful are three units (a backward pass is two) over the tokens of distinct texts, and the loss's
-products of queries and documents, once forward and twice backward. Paid for are the units that the
+Useful are three forward passes (a backward pass is two) over the tokens of distinct texts, and the loss's
+products of queries and documents, once forward and twice backward. Paid for are the passes that the
 keep level really takes over all tokens, padding included, and the loss's tiles computed again.
 """
 
@@ -59,9 +59,9 @@ class StepFlops(NamedTuple):
     num_tokens: int
     num_padded_tokens: int
 
-    def paid(self, units: float) -> float:
-        """Return the operations of a step whose encoder passes take so many units."""
-        return units * self.forward + self.loss
+    def paid(self, forwards: float) -> float:
+        """Return the operations of a step whose encoder passes are so many forward passes."""
+        return forwards * self.forward + self.loss
 
 
 def count_forward(encoder: Encoder) -> ForwardFlops:

@@ -194,7 +194,7 @@ class _Sweep:
         )
         self._console.print(speed_table(self.rows))
         self._console.print(
-            "useful, paid: FLOP/s of what a batch needs (3 units, no padding) and of what was "
+            "useful, paid: FLOP/s of what a batch needs (3 forward passes, no padding) and of what was "
             "computed,\nas a share of the matmul rate measured here; repeated: tokens of texts "
             "that were there before, encoded once\n"
         )
