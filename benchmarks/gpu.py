@@ -128,8 +128,8 @@ def run_bench(*, trial: bool) -> Part:
     ]
     text = "\n".join([
         *head, *lines, "",
-        "Made-up texts, 32 and 128 tokens at most. Useful: 3 forward passes and no padding; paid: all that "
-        "was computed; of matmul: of the rate measured on the model's own shapes.",
+        "Made-up texts, 32 and 128 tokens at most. Useful: 3 forward passes and no padding; paid: "
+        "all that was computed; of matmul: of the rate measured on the model's own shapes.",
     ])  # fmt: skip
     return Part(time.perf_counter() - since, failed, text)
 

@@ -5,9 +5,9 @@ operations (a multiply-add is two). The three numbers are what torch's FlopCount
 three lengths, so they hold for any architecture whose attention is full; where it is causal or in
 windows, they count all of the matrix, as is usual.
 
-Useful are three forward passes (a backward pass is two) over the tokens of distinct texts, and the loss's
-products of queries and documents, once forward and twice backward. Paid for are the passes that the
-keep level really takes over all tokens, padding included, and the loss's tiles computed again.
+Useful are three forward passes (a backward pass is two) over the tokens of distinct texts, and the
+loss's products of queries and documents, once forward and twice backward. Paid for are the passes
+that `keep` really takes over all tokens, padding included, and the loss's tiles computed again.
 """
 
 import warnings

@@ -194,8 +194,8 @@ class _Sweep:
         )
         self._console.print(speed_table(self.rows))
         self._console.print(
-            "useful, paid: FLOP/s of what a batch needs (3 forward passes, no padding) and of what was "
-            "computed,\nas a share of the matmul rate measured here; repeated: tokens of texts "
+            "useful, paid: FLOP/s of what a batch needs (3 forward passes, no padding) and of what "
+            "was computed,\nas a share of the matmul rate measured here; repeated: tokens of texts "
             "that were there before, encoded once\n"
         )
         self._console.print(phase_table(self.rows))
