@@ -47,6 +47,7 @@ from largebatch.model.chunks import IGNORED, pad_chunks
 from largebatch.model.encoder import Encoder
 from largebatch.model.pooling import FolderModule, Mean
 from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.ddp import Replicas
 from largebatch.parallel.deepspeed_build import prepare
 from largebatch.parallel.make import make_strategy
 from largebatch.shards.records import Record
@@ -311,6 +312,47 @@ def test_the_gradient_is_that_of_plain_autograd(kind, name, world_size, balance,
     for value, found, _ in run_ranks(on_rank, world_size, kind, name, balance, keep):
         assert value == pytest.approx(loss, rel=1e-5)
         assert relative_error(found, expected) < TOLERANCES[name]
+
+
+def out_of_memory_once(rank_that_runs_out):
+    """Return loss, gradients and chunks of MLM on a rank, one of which runs out of memory once."""
+    encoder, objective = made("mlm", torch.float64)
+    strategy = Replicas([encoder, objective], Collectives())
+    step = make_step(
+        encoder,
+        objective,
+        strategy,
+        tokens_per_chunk=50,
+        keep="none",
+        keep_gib=None,
+        balance=False,
+    )
+    plain_sums, seen = objective.chunk_sums, []
+
+    def chunk_sums(encoder, chunk):
+        seen.append(chunk.chunk.num_tokens)
+        if len(seen) == 2 and torch.distributed.get_rank() == rank_that_runs_out:
+            raise torch.OutOfMemoryError
+        return plain_sums(encoder, chunk)
+
+    objective.chunk_sums = chunk_sums
+    rows = range(4) if torch.distributed.get_rank() == 0 else range(4, NUM_PAIRS)
+    batch = rank_batch([QUERIES[i] for i in rows], [DOCUMENTS[i] for i in rows])
+    report = step.accumulate(batch)
+    for parameter in encoder.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return float(report.loss), gradients(encoder, objective), step.memory.tokens_per_chunk
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_token_step_is_done_again_with_smaller_chunks(rank):
+    loss, expected = plain("mlm")
+    results = run_ranks(out_of_memory_once, 2, rank)
+    for value, found, _ in results:
+        assert value == pytest.approx(loss, rel=1e-9)
+        assert relative_error(found, expected) < TOLERANCES["ddp"]
+    assert [tokens for _, _, tokens in results] == [25 if n == rank else 50 for n in (0, 1)]
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ the objective gathers, d embedding width.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +44,7 @@ from largebatch.phases import phase
 from largebatch.step.balance import Pairs, exchange_pairs
 from largebatch.step.chunk_size import choose_tokens_per_chunk
 from largebatch.step.distinct import DistinctTexts, distinct_texts
-from largebatch.step.dropout import RandomState, masks_of_rank, state_hash
+from largebatch.step.dropout import masks_of_rank, state_hash
 from largebatch.step.memory import StepMemory
 from largebatch.step.objective import (
     EmbeddedBatch,
@@ -52,7 +53,7 @@ from largebatch.step.objective import (
     StepReport,
     Work,
 )
-from largebatch.step.passes import EarlyGather, EmbeddedChunk, Passes, StepMustBeDoneAgain
+from largebatch.step.passes import EarlyGather, EmbeddedChunk, Passes, do_until_done
 from largebatch.transfer import to_device
 
 TextList = Sequence[str] | Sequence[Sequence[int]] | Texts
@@ -169,18 +170,12 @@ class GradCache:
         if self.memory.tokens_per_chunk is None:
             self.choose_tokens_per_chunk(batch)
         prepared = self._prepare(pairs, batch)
-        before = RandomState.of(self.encoder.device)
-        parameters = [*self.encoder.parameters(), *self.objective.parameters()]
-        can_redo = self.strategy.can_redo and all(p.grad is None for p in parameters)
-        while True:
-            try:
-                return self._step(prepared, can_redo=can_redo)
-            except StepMustBeDoneAgain:
-                pass
-            # Out here nothing holds the graphs any more.
-            for parameter in parameters:
-                parameter.grad = None
-            before.restore()
+        return do_until_done(
+            partial(self._step, prepared),
+            (self.encoder, self.objective),
+            device=self.encoder.device,
+            can_redo=self.strategy.can_redo,
+        )
 
     def _prepare(self, pairs: Pairs, batch: RankBatch) -> "_Prepared":
         sides = {"query": pairs.queries, "document": pairs.documents, "negative": pairs.negatives}

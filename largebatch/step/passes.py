@@ -6,12 +6,12 @@ runs out, the passes go on with smaller chunks, or with fewer graphs.
 Shapes: n texts of a chunk, u distinct texts of the rank, d embedding width.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from largebatch.batch import Chunk, Texts
 from largebatch.errors import UserError
@@ -24,6 +24,8 @@ from largebatch.phases import phase
 from largebatch.step.dropout import RandomState
 from largebatch.step.memory import KeepPlan, StepMemory, graph_bytes
 from largebatch.transfer import to_device
+
+Result = TypeVar("Result")
 
 
 class PlannedChunk(NamedTuple):
@@ -84,6 +86,36 @@ class EarlyGather:
 
 class StepMustBeDoneAgain(Exception):  # noqa: N818 (it states what all ranks do next)
     """Memory ran out on some rank while gradients were pushed into the weights."""
+
+
+def do_until_done(
+    step: Callable[..., Result],
+    modules: Iterable[nn.Module],
+    *,
+    device: torch.device,
+    can_redo: bool,
+) -> Result:
+    """Return what a step gives, done again with less memory as often as it says so.
+
+    Args:
+        step: Takes `can_redo`, and raises StepMustBeDoneAgain on all ranks or on none.
+        modules: Whose gradients are then forgotten.
+        device: Whose random state is then restored.
+        can_redo: Whether the strategy can take a step back. A gradient from before can't be told
+            from what was added to it, so there must be none.
+    """
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    can_redo = can_redo and all(parameter.grad is None for parameter in parameters)
+    before = RandomState.of(device)
+    while True:
+        try:
+            return step(can_redo=can_redo)
+        except StepMustBeDoneAgain:
+            pass
+        # Out here nothing holds the graphs any more.
+        for parameter in parameters:
+            parameter.grad = None
+        before.restore()
 
 
 class Passes:

@@ -8,6 +8,8 @@
    global batch.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,10 +23,10 @@ from largebatch.parallel.strategy import Backward, Spread
 from largebatch.phases import phase
 from largebatch.step.balance import Pairs, exchange_pairs
 from largebatch.step.chunk_size import choose_tokens_per_chunk
-from largebatch.step.dropout import RandomState, masks_of_rank, state_hash
+from largebatch.step.dropout import masks_of_rank, state_hash
 from largebatch.step.memory import StepMemory
 from largebatch.step.objective import StepReport, TokenObjective, TokenSums, TokenTask, Work
-from largebatch.step.passes import StepMustBeDoneAgain
+from largebatch.step.passes import StepMustBeDoneAgain, do_until_done
 
 
 class TokenStep:
@@ -79,17 +81,12 @@ class TokenStep:
         if self.memory.tokens_per_chunk is None:
             self.choose_tokens_per_chunk(batch)
         task = self.objective.make_task(pairs, self.encoder, step=batch.step)
-        before = RandomState.of(self.encoder.device)
-        parameters = [*self.encoder.parameters(), *self.objective.parameters()]
-        can_redo = self.strategy.can_redo and all(p.grad is None for p in parameters)
-        while True:
-            try:
-                return self._step(task, can_redo=can_redo)
-            except StepMustBeDoneAgain:
-                pass
-            for parameter in parameters:
-                parameter.grad = None
-            before.restore()
+        return do_until_done(
+            partial(self._step, task),
+            (self.encoder, self.objective),
+            device=self.encoder.device,
+            can_redo=self.strategy.can_redo,
+        )
 
     def _step(self, task: TokenTask, *, can_redo: bool) -> StepReport:
         device, world = self.encoder.device, self.collectives.world
