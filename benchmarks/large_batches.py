@@ -13,7 +13,8 @@ ways to be wrong. The schedule ends with each run, so the second and third quest
 runs, with a batch at whose number of steps the pairs or the time are nearest.
 
 Each finished run is a line of benchmarks/results/large_batches.jsonl at once, and is not run again:
-the work can be split over sessions. The page and plots are made of what is there.
+the work can be split over days. The page and plots are made of what is there. Set `seconds` to null
+where other work ran beside it: scores don't change by that, times do.
 """
 
 import argparse
@@ -160,7 +161,7 @@ class Row(NamedTuple):
     """Dev score by learning rate, first seed."""
     dev: list[float]
     test: list[float]
-    seconds: float
+    seconds: float | None
     curve: list[tuple[int, float]]
 
 
@@ -181,11 +182,16 @@ def rows_of(results: dict[Run, dict[str, Any]], model: str) -> list[Row]:
                 dict(sorted(tried.items())),
                 [one["dev"] for one in found],
                 [one["test"] for one in found],
-                statistics.mean(one["seconds"] for one in found),
+                mean_of([one["seconds"] for one in found if one["seconds"] is not None]),
                 found[0]["curve"],
             )
         )
     return rows
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    """Return the mean; None: there is no value."""
+    return statistics.mean(values) if values else None
 
 
 def write_page(results: dict[Run, dict[str, Any]]) -> None:
@@ -217,6 +223,7 @@ def write_page(results: dict[Run, dict[str, Any]]) -> None:
 def row_of_table(row: Row) -> str:
     """Return a batch as a line of Markdown."""
     run = row.run
+    told = "" if row.seconds is None else f"{row.seconds:,.0f}"
     tried = ", ".join(
         f"**{lr:g}** ({score:.3f})" if lr == run.lr else f"{lr:g} ({score:.3f})"
         for lr, score in row.tried.items()
@@ -224,7 +231,7 @@ def row_of_table(row: Row) -> str:
     return (
         f"| {run.steps:,} | {run.batch:,} | {run.batch * run.steps:,} | {tried} | "
         f"{statistics.mean(row.dev):.3f} | {statistics.mean(row.test):.3f} | "
-        f"{min(row.test):.3f} to {max(row.test):.3f} ({len(row.test)}) | {row.seconds:,.0f} |"
+        f"{min(row.test):.3f} to {max(row.test):.3f} ({len(row.test)}) | {told} |"
     )
 
 
@@ -237,10 +244,12 @@ def draw(rows: Sequence[Row], file: Path, title: str) -> None:
     for axes, name in zip(panels, ("steps", "pairs seen", "training seconds"), strict=True):
         for row in rows:
             run = row.run
+            if row.seconds is None and name == "training seconds":
+                continue
             per_step = {
                 "steps": 1.0,
                 "pairs seen": float(run.batch),
-                "training seconds": row.seconds / run.steps,
+                "training seconds": (row.seconds or 0.0) / run.steps,
             }[name]
             steps, scores = zip(*row.curve, strict=True)
             axes.plot(
