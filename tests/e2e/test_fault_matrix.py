@@ -210,7 +210,7 @@ NOTHING = "nothing; it is read again"
 GO_ON = "data.on_fault=skip would go on without it"
 BEYOND = (
     "step …: … of … pairs were skipped, more than data.max_skipped_share=… allows (…); see "
-    "…/holes, mend the shards, or raise the option"
+    "…/skipped, mend the shards, or raise the option"
 )
 REINDEX = "run `largebatch index ... overwrite=true`"
 MEMBER_45 = "SHARD: member '000000045.json' at byte 5120"
@@ -697,7 +697,7 @@ def test_a_lasting_fault(case: Case, make, tmp_path: Path, tokenizer) -> None:
     assert beyond.error.startswith(
         f"step {step}: {sum(hole.step < step for hole in skipped.holes)} of "
         f"{step * GLOBAL_BATCH} pairs were skipped, more than data.max_skipped_share=5e-07 allows "
-        f"(0); see {tmp_path / 'beyond' / 'holes'}, "
+        f"(0); see {tmp_path / 'beyond' / 'skipped'}, "
     )
     assert beyond.holes == [hole for hole in skipped.holes if hole.step < step]
 
@@ -889,7 +889,7 @@ def test_the_command_says_that_too_much_is_unreachable(make, tmp_path: Path, tok
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     skip = ("data.on_fault=skip", "data.max_skipped_share=0.00001")
     done = largebatch(*command(shards, *skip), cwd=tmp_path)
-    assert "data.max_skipped_share=1e-05 allows (10); see run/holes" in done.error()
+    assert "data.max_skipped_share=1e-05 allows (10); see run/skipped" in done.error()
     reasons = {hole.reason for hole in read_skipped(tmp_path / "run" / "skipped")}
     assert reasons
     assert all("cannot be read after 2 attempts: 500" in reason for reason in reasons)
