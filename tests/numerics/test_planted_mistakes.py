@@ -24,7 +24,8 @@ from largebatch.model import attention
 from largebatch.objectives.contrastive import ContrastiveLoss
 from largebatch.parallel import collectives, ddp
 from largebatch.step.distinct import DistinctTexts, distinct_texts
-from largebatch.step.gradcache import GradCache, RandomState
+from largebatch.step.dropout import RandomState
+from largebatch.step.gradcache import GradCache
 from largebatch.world import part_of_rank
 
 
