@@ -105,19 +105,10 @@ def read_batch(
                 query=texts[0] if texts else None,
                 document=texts[1] if texts else None,
                 negatives=texts[2:],
-                skipped=item
-                if isinstance(item, SkippedRow)
-                else noted[row]
-                if item is None
-                else None,
+                skipped=None if isinstance(item, Record) else noted[row] if item is None else item,
             )
         )
     return rows
-
-
-def _skipped_at(item: Record | SkippedRow | None, noted: SkippedRow | None) -> SkippedRow | None:
-    """Return why a row is empty: what reading found, or what the run has noted."""
-    return item if isinstance(item, SkippedRow) else noted if item is None else None
 
 
 def assign_rows(num_rows: int, *, ranks: int, workers: int) -> list[tuple[int, int | None]]:

@@ -49,7 +49,7 @@ class Stream:
         prefetch: Batches that each of them prepares ahead.
         buffer_bytes: Memory of each for segments that may be needed again.
         skip_faults: Whether records that can't be used are left out; otherwise they are an error.
-        known_skipped: BatchRows by step that are left out whatever is read.
+        known_skipped: Rows by step that are left out whatever is read.
     """
 
     def __init__(

@@ -61,7 +61,7 @@ class Replicas:
             parameter.grad = None
 
 
-class ReplicatedModel(OptimizedModules):
+class ReplicatedModel(OptimizedModules, Replicas):
     """The strategy `ddp`.
 
     Args:
@@ -71,9 +71,6 @@ class ReplicatedModel(OptimizedModules):
         device: Of this rank.
         config: Has nothing for this strategy.
     """
-
-    equal_chunks = False
-    can_redo = True
 
     def __init__(
         self,
@@ -86,17 +83,10 @@ class ReplicatedModel(OptimizedModules):
         start_equal(modules.values(), collectives)
         super().__init__(modules, optim, collectives)
 
-    def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """Return what a function of inputs gives: the weights are in place."""
-        return function(*inputs)
-
     @contextmanager
     def gradient_pass(self) -> Iterator[Backward]:
         """Run a step's backward passes inside; leaving averages their gradients, once."""
-        with (
-            one_reduction(self.parameters, self.collectives),
-            missing_gradients_are_zeros(self.parameters),
-        ):
+        with super().gradient_pass() as backward, missing_gradients_are_zeros(self.parameters):
             yield backward
 
     @contextmanager

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from largebatch.batch import Int64Array, RankBatch, Texts
 from largebatch.parallel.collectives import Collectives
+from largebatch.phases import phase
 from largebatch.step.hashes import id_hashes
 
 WORTHWHILE = 0.02
@@ -92,6 +93,15 @@ class Pairs(NamedTuple):
             np.concatenate(counts) if counts else None,
             np.concatenate(hashes) if hashes else None,
         )
+
+
+def balanced_pairs(batch: RankBatch, collectives: Collectives, *, balance: bool) -> Pairs:
+    """Return this rank's pairs of a step: the batch's, or those that it has after the exchange."""
+    pairs = Pairs.of(batch)
+    if not balance:
+        return pairs
+    with phase("gather"):
+        return exchange_pairs(pairs, collectives)
 
 
 def exchange_pairs(pairs: Pairs, collectives: Collectives) -> Pairs:

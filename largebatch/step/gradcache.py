@@ -41,7 +41,7 @@ from largebatch.parallel.collectives import Collectives, Gathering
 from largebatch.parallel.ddp import Replicas
 from largebatch.parallel.strategy import Spread
 from largebatch.phases import phase
-from largebatch.step.balance import Pairs, exchange_pairs
+from largebatch.step.balance import Pairs, balanced_pairs
 from largebatch.step.chunk_size import choose_tokens_per_chunk
 from largebatch.step.distinct import DistinctTexts, distinct_texts
 from largebatch.step.dropout import masks_of_rank, state_hash
@@ -163,10 +163,7 @@ class GradCache:
 
     def _accumulate(self, batch: RankBatch) -> StepReport:
         # 0. Balance.
-        pairs = Pairs.of(batch)
-        if self.balance:
-            with phase("gather"):
-                pairs = exchange_pairs(pairs, self.collectives)
+        pairs = balanced_pairs(batch, self.collectives, balance=self.balance)
         if self.memory.tokens_per_chunk is None:
             self.choose_tokens_per_chunk(batch)
         prepared = self._prepare(pairs, batch)

@@ -21,7 +21,7 @@ from largebatch.model.encoder import Encoder
 from largebatch.out_of_memory import ends_with
 from largebatch.parallel.strategy import Backward, Spread
 from largebatch.phases import phase
-from largebatch.step.balance import Pairs, exchange_pairs
+from largebatch.step.balance import Pairs, balanced_pairs
 from largebatch.step.chunk_size import choose_tokens_per_chunk
 from largebatch.step.dropout import masks_of_rank, state_hash
 from largebatch.step.memory import StepMemory
@@ -74,10 +74,7 @@ class TokenStep:
         return chosen
 
     def _accumulate(self, batch: RankBatch) -> StepReport:
-        pairs = Pairs.of(batch)
-        if self.balance:
-            with phase("gather"):
-                pairs = exchange_pairs(pairs, self.collectives)
+        pairs = balanced_pairs(batch, self.collectives, balance=self.balance)
         if self.memory.tokens_per_chunk is None:
             self.choose_tokens_per_chunk(batch)
         task = self.objective.make_task(pairs, self.encoder, step=batch.step)

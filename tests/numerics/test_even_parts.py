@@ -25,7 +25,7 @@ from numerics.uneven import (
 from largebatch.batch import Texts
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.deepspeed_build import prepare
-from largebatch.step import balance, gradcache
+from largebatch.step import balance
 from largebatch.step.balance import Pairs, exchange_pairs
 from largebatch.step.gradcache import GradCache
 from largebatch.step.hashes import id_hashes
@@ -105,14 +105,14 @@ def documents_change_places():
 
 def givers_keep_what_they_gave():
     """A pair that has moved is embedded on both ranks."""
-    plain = gradcache.exchange_pairs
+    plain = balance.exchange_pairs
 
     def exchange(pairs, collectives):
         new = plain(pairs, collectives)
         lost = pairs.queries.num_texts > new.queries.num_texts
         return Pairs.concatenate([new, pairs.take(np.array([0]))]) if lost else new
 
-    gradcache.exchange_pairs = exchange
+    balance.exchange_pairs = exchange
 
 
 def ids_stay_behind():
