@@ -34,6 +34,8 @@ RUNS = Path("runs/large_batches")
 SEEDS = (0, 1)
 FACTORS = (0.5, 1.0, 2.0)
 """Learning rates that are tried, times the root of the batch."""
+MAX_RATES = 5
+"""While the best rate is the highest one, its double is tried, up to so many rates."""
 RATE_AT_1024 = {"scratch": 5e-3, "minilm": 1e-4}
 STEPS = {"scratch": 150, "minilm": 20}
 SCORE = "ndcg@10"
@@ -87,10 +89,16 @@ def prepare() -> None:
 def chosen_runs(model: str, batch: int, steps: int, seeds: Sequence[int]) -> Iterable[Run]:
     """Yield the runs of a batch: all rates with the first seed, the best with the others."""
     middle = RATE_AT_1024[model] * math.sqrt(batch / 1024)
-    tried = [Run(model, batch, steps, float(f"{f * middle:.2g}"), seeds[0]) for f in FACTORS]
-    yield from tried
-    scores = {run: result["dev"] for run, result in finished().items() if run in tried}
-    best = max(scores, key=lambda run: scores[run])
+    tried: list[Run] = []
+    factors = list(FACTORS)
+    while factors:
+        new = [Run(model, batch, steps, float(f"{f * middle:.2g}"), seeds[0]) for f in factors]
+        yield from new
+        tried += new
+        scores = {run: result["dev"] for run, result in finished().items() if run in tried}
+        best = max(scores, key=lambda run: scores[run])
+        # A best rate at the edge says that the range was too narrow.
+        factors = [2 * factors[-1]] if best == tried[-1] and len(tried) < MAX_RATES else []
     yield from (best._replace(seed=seed) for seed in seeds[1:])
 
 

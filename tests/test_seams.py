@@ -278,7 +278,7 @@ def on_rank(kind, name, balance, keep):
         objective,
         strategy,
         tokens_per_chunk=50,
-        keep=keep,
+        keep="none" if kind == "mlm" else keep,
         keep_gib=None,
         balance=balance,
     )
@@ -416,6 +416,14 @@ def test_it_trains_resumes_and_is_exported(data, tmp_path, kind, name):
     np.testing.assert_allclose(
         theirs.encode(texts), exported.encode(texts, side="document"), atol=1e-5
     )
+
+
+def test_a_token_step_keeps_nothing_and_says_so():
+    encoder, objective = made("mlm", torch.float64)
+    strategy = Replicas([encoder, objective], Collectives())
+    options = {"tokens_per_chunk": 50, "keep_gib": None, "balance": False}
+    with pytest.raises(UserError, match=r"keep=all .* leave them out"):
+        make_step(encoder, objective, strategy, keep="all", **options)
 
 
 def test_what_an_objective_lacks_ends_the_run_with_a_line(data, tmp_path):

@@ -11,11 +11,11 @@ from largebatch.config.model import (
     PACKINGS,
     POOLINGS,
     BackboneConfig,
-    ObjectiveConfig,
     PoolingConfig,
     TemperatureConfig,
     TextConfig,
 )
+from largebatch.config.objective import ObjectiveConfig
 from largebatch.config.tools import (
     DataShowConfig,
     DataStatsConfig,

@@ -1,12 +1,9 @@
-"""Options of the model and the objective."""
+"""Options of the model."""
 
-import importlib.util
-import pkgutil
 from dataclasses import dataclass, field
 from typing import Any
 
 from largebatch.config.checks import Faults
-from largebatch.config.data import NEGATIVES
 
 PACKINGS = ("auto", "on", "off")
 POOLINGS = {
@@ -129,34 +126,3 @@ class TemperatureConfig:
                 f"and temperature.max={self.max}",
             )
         faults.finish()
-
-
-@dataclass(kw_only=True)
-class ObjectiveConfig:
-    """What is minimized."""
-
-    name: str = "contrastive"
-    """A file of largebatch/objectives/. contrastive: InfoNCE over the documents of the whole global
-    batch."""
-    symmetric: bool = False
-    """Whether documents must also find their query among all queries (as in CLIP and GTE)."""
-    mask_duplicates: bool = True
-    """Whether columns that the batch itself shows to answer a query (the same text or query on any
-    rank; the same id, where data.sources.NAME.mask_same_id says so) are left out of its negatives.
-    train/masked_share is how many these are."""
-    negatives: str = "all"
-    """Whose the records' own negatives are. all: every query of the global batch is contrasted with
-    them; own: only the query of their record."""
-
-    def __post_init__(self) -> None:
-        faults = Faults()
-        faults.one_of("objective.name", self.name, objective_names())
-        faults.one_of("objective.negatives", self.negatives, NEGATIVES)
-        faults.finish()
-
-
-def objective_names() -> list[str]:
-    """Return the names of the objectives: the modules of `largebatch.objectives`."""
-    folder = importlib.util.find_spec("largebatch.objectives")  # without importing torch
-    assert folder is not None
-    return sorted(one.name for one in pkgutil.iter_modules(folder.submodule_search_locations))

@@ -8,11 +8,11 @@ from largebatch.config.checks import Faults
 from largebatch.config.data import CurriculumConfig, DataConfig
 from largebatch.config.model import (
     BackboneConfig,
-    ObjectiveConfig,
     PoolingConfig,
     TemperatureConfig,
     TextConfig,
 )
+from largebatch.config.objective import ObjectiveConfig
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 PRECISIONS = ("float32", "bf16")

@@ -257,6 +257,7 @@ class GradCache:
             gathered_md,
             sum(counts[: self.collectives.world.rank]),
             ranks.facts,
+            prepared.pairs,
             prepared.options,
             self.collectives,
         )

@@ -1,5 +1,6 @@
 """Makes the step of an objective."""
 
+from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
 from largebatch.parallel.strategy import Spread
 from largebatch.step.gradcache import GradCache
@@ -34,6 +35,12 @@ def make_step(
                 balance=balance,
             )
         case TokenObjective():
+            if keep != "none" or keep_gib is not None:
+                raise UserError(
+                    f"keep={keep} and keep_gib={keep_gib} are for objectives that look at a whole "
+                    "batch of embeddings; this one goes forward and backward through each chunk at "
+                    "once, so that nothing is to be kept: leave them out (keep=none)"
+                )
             return TokenStep(
                 encoder,
                 objective,

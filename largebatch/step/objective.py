@@ -151,6 +151,8 @@ class EmbeddedBatch(NamedTuple):
     """Which row of `gathered_md` is this rank's first."""
     facts: Sequence[Facts]
     """Of each rank."""
+    pairs: Pairs
+    """This rank's texts, as the encoder saw them, in the rows' order."""
     options: LossOptions
     """What the batch's source asks for."""
     collectives: Collectives

@@ -158,7 +158,9 @@ def objective_on_rank(symmetric, mask_duplicates=True, steps=1, with_ids=True):
             gathered_md = collectives.gather_rows(torch.cat(leaves[1:]), counts).rows
             first = sum(counts[: world.rank])
             value = objective.compute(
-                EmbeddedBatch(*leaves, None, gathered_md, first, facts, LossOptions(), collectives)
+                EmbeddedBatch(
+                    *leaves, None, gathered_md, first, facts, pairs, LossOptions(), collectives
+                )
             )
             value.own_share.backward()
         per_step.append(list(calls))

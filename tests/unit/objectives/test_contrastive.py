@@ -77,7 +77,9 @@ def value_of(objective, options, *, counts=(1, 0, 2)):
     columns = torch.cat([sides[("query", "document", "negative").index(side)] for side in gathered])
     facts = [Facts(3, 3, objective.knowledge(pairs))]
     value = objective.compute(
-        EmbeddedBatch(*sides, pairs.negative_counts, columns, 0, facts, options, Collectives())
+        EmbeddedBatch(
+            *sides, pairs.negative_counts, columns, 0, facts, pairs, options, Collectives()
+        )
     )
     return value, [*sides, gathered]
 
