@@ -24,10 +24,10 @@ In all of them false negatives by text are left out, which these sources don't d
 look for equal documents; `objective.mask_duplicates=false` is the formula as it stands. GTE has no
 hard negatives at this stage; where records have some, they are compared with queries only, as in
 SimLM, while sentence-transformers compares them with documents too. Qwen3's mask looks, for d_i
-with d_j, at the score of these two, as it does for two queries: that is our reading of it. (ms-swift
-masks no score of two documents, compares a document with the batch's hard negatives as well, and
-has all of this off by default.) Where GISTEmbed compares queries with queries and documents with
-documents, name them in `objective.candidates`.
+with d_j, at the score of these two, as it does for two queries: that is our reading of it.
+(ms-swift masks no score of two documents, compares a document with the batch's hard negatives as
+well, and has all of this off by default.) Where GISTEmbed compares queries with queries and
+documents with documents, name them in `objective.candidates`.
 
 Shapes: b queries of this rank, n negatives of this rank, m columns, d embedding width.
 """

@@ -7,6 +7,7 @@ Shapes: b pairs of this rank, n texts, g width of the guide's embeddings.
 """
 
 import hashlib
+import re
 from collections.abc import Collection
 from functools import cached_property
 from typing import NamedTuple
@@ -23,7 +24,8 @@ from largebatch.step.distinct import distinct_texts
 from largebatch.step.objective import EmbeddedBatch
 from largebatch.transfer import to_device
 
-PROBE = "Is a text, such as this ONE, made into the same 12 tokens?"
+PROBE = "Retokenization of interdisciplinarities: is THIS text, number 12,345, the same as before?"
+WORDS = re.compile(r"\w+|[^\w\s]")
 
 
 class GuideEmbeddings(NamedTuple):
@@ -74,13 +76,24 @@ class Guide:
         return cls(encoder, tokens_per_chunk=tokens_per_chunk, name=path)
 
     def meet(self, model: Encoder) -> None:
-        """Note whose tokens it will get; compare the tokenizers."""
+        """Note whose tokens it will get; compare the tokenizers.
+
+        Raises:
+            UserError: They differ, and the model's can't make text of tokens again.
+        """
         own, given = self.encoder.tokenizer, model.tokenizer
         self._model = model
         self._has_same_tokens = (
             own.get_vocab() == given.get_vocab()
             and own(PROBE)["input_ids"] == given(PROBE)["input_ids"]
         )
+        again = given.decode(given(PROBE)["input_ids"], skip_special_tokens=True)
+        if not self._has_same_tokens and _words(again) != _words(PROBE):
+            raise UserError(
+                f"objective.mask_guide={self.name} has another tokenizer than the model, and the "
+                f"model's makes {again!r} of {PROBE!r}, which the guide would read; choose a guide "
+                "with the model's tokenizer, or a model whose tokenizer can make text of its tokens"
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -144,3 +157,7 @@ class Guide:
         ]
         words = self._model.tokenizer.batch_decode(lists, skip_special_tokens=True)
         return tokenize(self.encoder.tokenizer, words, prompt="", max_tokens=most)[0]
+
+
+def _words(text: str) -> list[str]:
+    return WORDS.findall(text.lower())
