@@ -118,11 +118,13 @@ def test_both_directions_with_hard_negatives():
     ("strategy", "margin", "options"),
     [
         ("absolute", 0.05, {"mask_margin": -0.05}),
-        ("absolute", -0.1, {"mask_margin": 0.1}),
+        ("absolute", -0.03, {"mask_margin": 0.03}),
         ("relative", 0.2, {"mask_share": 0.8}),
     ],
 )
 @pytest.mark.parametrize("contrasts", [True, False])
+# A higher margin than 0.03 would let theirs contrast a query with itself, where the guide scores
+# its document that high.
 def test_gist(strategy, margin, options, contrasts):
     theirs = losses.CachedGISTEmbedLoss.__new__(losses.CachedGISTEmbedLoss)
     nn.Module.__init__(theirs)  # its own wants two models with tokenizers
@@ -158,9 +160,9 @@ def test_gist(strategy, margin, options, contrasts):
         lambda leaves: theirs.calculate_loss([[one] for one in leaves], peers),
     )
     unmasked = ContrastiveLoss(Temperature(0.25), candidates=objective.candidates)
-    leaves = sides()
+    leaves = [one.detach() for one in sides()]
     difference = ours(objective, leaves) - ours(unmasked, leaves)
-    assert abs(float(difference)) > 0.01  # something was masked
+    assert abs(float(difference)) > 1e-3  # something was masked
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 0.3, 0.2]])
