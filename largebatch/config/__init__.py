@@ -10,12 +10,13 @@ from largebatch.config.data import CurriculumConfig, DataConfig, LossOptions, So
 from largebatch.config.model import (
     PACKINGS,
     POOLINGS,
+    TEMPERATURE_SCHEDULES,
     BackboneConfig,
     PoolingConfig,
     TemperatureConfig,
     TextConfig,
 )
-from largebatch.config.objective import ObjectiveConfig
+from largebatch.config.objective import QUERY_DOCUMENT, ObjectiveConfig
 from largebatch.config.tools import (
     DataShowConfig,
     DataStatsConfig,
@@ -48,8 +49,10 @@ __all__ = [
     "KEEPS",
     "PACKINGS",
     "POOLINGS",
+    "QUERY_DOCUMENT",
     "SCHEDULES",
     "STRATEGIES",
+    "TEMPERATURE_SCHEDULES",
     "BackboneConfig",
     "BenchConfig",
     "CheckpointConfig",
