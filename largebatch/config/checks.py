@@ -75,11 +75,22 @@ class Faults:
 
     def fields(self, option: str, fields: Mapping[str, str]) -> None:
         """Note names of fields that are given for something that no record has."""
-        roles = ("query", "document", "negatives", "id", "grade")
+        roles = ("query", "document", "negatives", "id", "scores", "label", "grade")
         for name in sorted(set(fields) - set(roles)):
             self.found.append(
                 f"{option}.{name} means nothing; {option} maps {', '.join(roles[:-1])} and grade "
                 f"to the names of your fields{suggest(name, roles)}"
+            )
+
+    def unused(self, config: object, keys: Iterable[str], objective: str) -> None:
+        """Note options, as `section.option`, that are set though an objective ignores them."""
+        for key in keys:
+            section, option = key.split(".")
+            options = getattr(config, section)
+            value = getattr(options, option)
+            self.check(
+                value == getattr(type(options)(), option),
+                f"{key}={value} does nothing for {objective}; leave it out",
             )
 
     def check(self, holds: bool, message: str) -> None:

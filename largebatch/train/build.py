@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.make import make_strategy
 from largebatch.parallel.strategy import ENCODER, Strategy
 from largebatch.shards.find import resolve_source
+from largebatch.shards.records import AUTO, LABEL, NONE, SCORES
 from largebatch.step.make import make_step
 from largebatch.step.objective import Objective, Step
 from largebatch.stores.retries import Retries
@@ -31,8 +32,12 @@ TOKENIZER_RECORDS = 100_000
 """Records that a tokenizer is trained on, spread over the sources."""
 
 
-def build_sources(config: TrainConfig) -> list[Source]:
+def build_sources(config: TrainConfig, fields: Collection[str] = ()) -> list[Source]:
     """Find the shards of the run's sources; of one that no batch takes from, none.
+
+    Args:
+        config: Of the run.
+        fields: Those of a record that the objective needs.
 
     Raises:
         UserError: There are none, or they can't be used.
@@ -45,17 +50,31 @@ def build_sources(config: TrainConfig) -> list[Source]:
             resolve_source(source.urls, check_present=data.on_fault == "fail", retries=retries)
             if data.is_drawn(name)
             else [],
-            source.fields,
+            _read_fields(source.fields, fields),
             query_prompt=source.query_prompt,
             document_prompt=source.document_prompt,
             max_negatives=source.max_negatives,
             loss=source.loss,
             mask_same_id=source.mask_same_id,
             max_chars=data.max_chars,
+            needs=[one for one in (SCORES, LABEL) if one in fields],
             retries=retries,
         )
         for name, source in data.sources.items()
     ]
+
+
+def _read_fields(given: Mapping[str, str], needed: Collection[str]) -> dict[str, str]:
+    """Return a source's fields, with scores and labels for an objective that learns from them only.
+
+    For any other they are nothing that a record could be faulty by.
+    """
+    fields = dict(given)
+    if SCORES not in needed:
+        fields[SCORES] = NONE
+    if LABEL in needed:
+        fields.setdefault(LABEL, AUTO)
+    return fields
 
 
 def build_schedule(config: TrainConfig, sources: Sequence[Source]) -> Schedule:
@@ -115,6 +134,13 @@ def build_objective(config: TrainConfig) -> Objective:
         for name, source in config.data.sources.items()
         for option, value in vars(source.loss).items()
         if value is not None and option not in objective.source_options
+    ]
+    faults += [
+        f"data.sources.{name}.fields.{field}={source.fields[field]} is nothing that "
+        f"objective.name={config.objective.name} learns from; leave it out"
+        for name, source in config.data.sources.items()
+        for field in (SCORES, LABEL)
+        if source.fields.get(field, NONE) != NONE and field not in objective.fields
     ]
     if faults:
         raise UserError("; ".join(faults))
