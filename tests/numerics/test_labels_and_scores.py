@@ -41,7 +41,8 @@ COUNTS = np.array([(3 * row) % 4 for row in range(NUM_PAIRS)])
 NEGATIVES = random_texts(int(COUNTS.sum()), longest=20, seed=7)
 NEGATIVES[int(COUNTS[:5].sum()) + 1] = DOCUMENTS[2]
 DOCUMENTS = [*DOCUMENTS[:9], DOCUMENTS[4], *DOCUMENTS[10:]]
-LABELS = np.array([0.5, 3.0, 1.0, 5.0, 3.0, 0.0, 1.0, 4.5, 2.0, 3.0, 5.0, 0.25, 1.0])
+# Fractions and ties.
+LABELS = np.array([0.5, 3.0, 1.0, 5.0, 3.0, 0.0, 1.0, 4.5, 2.0, 3.0, 5.0, 0.25, 1.0]) / 5
 RNG = np.random.default_rng(3)
 SCORES = Scores(RNG.normal(size=NUM_PAIRS) * 2, RNG.normal(size=len(NEGATIVES)) * 2)
 ENDS = {1: [0, NUM_PAIRS], 2: [0, 4, NUM_PAIRS], 3: [0, 3, 3, NUM_PAIRS]}  # a rank without a row
@@ -110,7 +111,8 @@ def plain_loss(kind, objective, queries, documents, negatives):
         share = (teacher / objective.teacher_temperature).softmax(0)
         logits = objective.contrastive.temperature() * student
         one = (share * (share.log() - logits.log_softmax(0))).sum()
-        total = total + one * (0.3**2 if kind == "kl_t2" else 1)
+        squared = objective.contrastive.temperature().detach() ** -2
+        total = total + one * (squared if kind == "kl_t2" else 1)
     loss = total / NUM_PAIRS
     if kind == "simlm":
         logits = objective.contrastive.temperature() * queries @ columns.T
