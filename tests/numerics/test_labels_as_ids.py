@@ -1,5 +1,7 @@
 """Classes as ids: documents of the query's own class are no negatives, from the shards on."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -38,18 +40,14 @@ def config(folder, *, masks):
         workers=0,
         lanes=4,
     )
-    return tiny_config(folder, folder / "run", data=data)
+    made = tiny_config(folder, folder / "run")
+    made.data = data
+    return made
 
 
 def batch_of(run_config, rank, size, encoder):
-    feed = Feed(run_config, run_config_folder(run_config), World(rank, size), first_step=0)
+    feed = Feed(run_config, Path(run_config.output_dir), World(rank, size), first_step=0)
     return next(iter(feed.batches(encoder.tokenizer, encoder.text)))
-
-
-def run_config_folder(run_config):
-    from pathlib import Path
-
-    return Path(run_config.output_dir)
 
 
 def on_rank(run_config):

@@ -57,15 +57,16 @@ def config(data, output, kind, *, shards=None, **changes):
     learned = kind == "distill"
     folder = {"sigmoid": "shards", "cosent": "labelled", "angle": "labelled"}.get(kind, "scored")
     source = {"urls": [str(data / (shards or folder))]} | changes.pop("source", {})
-    return tiny_config(
+    made = tiny_config(
         data,
         output,
         objective=OBJECTIVES[kind],
         temperature=TemperatureConfig(value=0.1, learned=True) if learned else TemperatureConfig(),
-        data=DataConfig(sources={"tiny": SourceConfig(**source)}, workers=1, lanes=4),
         eval=EvalConfig(),  # so that the last weights are exported
         **changes,
     )
+    made.data = DataConfig(sources={"tiny": SourceConfig(**source)}, workers=1, lanes=4)
+    return made
 
 
 def metrics(folder):
