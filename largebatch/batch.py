@@ -11,6 +11,7 @@ from largebatch.config.data import LossOptions
 
 IntArray = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
+Float64Array = npt.NDArray[np.float64]
 
 
 class Texts(NamedTuple):
@@ -58,6 +59,34 @@ class Texts(NamedTuple):
         return np.repeat(self.starts[rows] - begin, lengths) + np.arange(int(lengths.sum()))
 
 
+class Scores(NamedTuple):
+    """A teacher's scores of documents and of negatives, for the queries that they belong to."""
+
+    documents: Float64Array
+    """`[b]`, of each query's document."""
+    negatives: Float64Array
+    """`[n]`, of each negative for its own query."""
+
+    @classmethod
+    def of_records(cls, lists: Sequence[Sequence[float]]) -> "Scores":
+        """Join those of records: the document's, then each negative's.
+
+        >>> Scores.of_records([[5.0, 1.0, 2.0], [4.0]])
+        Scores(documents=array([5., 4.]), negatives=array([1., 2.]))
+        """
+        negatives = [score for scores in lists for score in scores[1:]]
+        documents = [scores[0] for scores in lists]
+        return cls(np.array(documents, np.float64), np.array(negatives, np.float64))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Scores"]) -> "Scores":
+        """Join several, in order."""
+        return cls(
+            np.concatenate([part.documents for part in parts]),
+            np.concatenate([part.negatives for part in parts]),
+        )
+
+
 class SkippedRow(NamedTuple):
     """One row of a global batch that is left out, since its record can't be used."""
 
@@ -87,6 +116,11 @@ class RankBatch(NamedTuple):
     ranks: they are nobody's own."""
     same_ids: Sequence[str] | None = None
     """`[b]`, equal where records answer the same query. None, on all ranks: nobody says so."""
+    scores: Scores | None = None
+    """A teacher's, with `negative_counts`. None, on all ranks: no objective needs them."""
+    labels: Float64Array | None = None
+    """`[b]`, what the similarity of each pair is to follow. None, on all ranks: no objective needs
+    them."""
     loss_options: LossOptions = LossOptions()
     """What the batch's source asks of the objective, the same on all ranks."""
     step: int = 0

@@ -177,7 +177,7 @@ class ProjectedMean(Mean):
 # Files that a user would put into largebatch/objectives/.
 FILES = {
     "triplet": "from test_seams import TripletLoss\ndef build(config): return TripletLoss()\n",
-    "sigmoid": "from test_seams import PairwiseSigmoid\n"
+    "pairwise": "from test_seams import PairwiseSigmoid\n"
     "def build(config): return PairwiseSigmoid()\n",
     "mlm": "from test_seams import MaskedTokens\n"
     "def build(config): return MaskedTokens(16, config.backbone.vocab_size)\n",
@@ -208,7 +208,7 @@ def made(kind, dtype):
     vocabulary = encoder.backbone.config.vocab_size
     objective = {
         "triplet": TripletLoss,
-        "sigmoid": PairwiseSigmoid,
+        "pairwise": PairwiseSigmoid,
         "mlm": lambda: MaskedTokens(16, vocabulary),
     }[kind]()
     return encoder, objective.to(dtype)
@@ -232,7 +232,7 @@ def plain(kind):
         value = plain_mlm(encoder, objective)
     else:
         queries, documents = embed(encoder, QUERIES), embed(encoder, DOCUMENTS)
-        if kind == "sigmoid":
+        if kind == "pairwise":
             value = objective.of_rows(queries, documents, torch.arange(NUM_PAIRS))
         else:
             owners = torch.repeat_interleave(torch.from_numpy(counts_of(range(NUM_PAIRS))))
@@ -427,20 +427,20 @@ def test_a_token_step_keeps_nothing_and_says_so():
 
 
 def test_what_an_objective_lacks_ends_the_run_with_a_line(data, tmp_path):
-    without = config(data, tmp_path / "run", "sigmoid", "ddp")
+    without = config(data, tmp_path / "run", "pairwise", "ddp")
     without.objective = ObjectiveConfig(name="triplet")
     line = "data.sources.tiny: objective.name=triplet needs negatives, and the records have none"
     with pytest.raises(UserError, match=line):
         run_ranks(trainer.train, 2, without, init_group=False)
 
-    unknown = config(data, tmp_path / "other", "sigmoid", "ddp")
+    unknown = config(data, tmp_path / "other", "pairwise", "ddp")
     unknown.data.sources["tiny"].loss = MarginOptions(margin=0.3)
-    line = "data.sources.tiny.loss.margin is nothing that objective.name=sigmoid knows"
+    line = "data.sources.tiny.loss.margin=0.3 does nothing for objective.name=pairwise"
     with pytest.raises(UserError, match=line):
         run_ranks(trainer.train, 2, unknown, init_group=False)
 
     ignored = config(data, tmp_path / "third", "sigmoid", "ddp")
     ignored.objective = ObjectiveConfig(name="sigmoid", symmetric=True)
-    line = "objective.symmetric=True is nothing that objective.name=sigmoid knows"
+    line = "objective.symmetric=True does nothing for objective.name=sigmoid"
     with pytest.raises(UserError, match=line):
         run_ranks(trainer.train, 2, ignored, init_group=False)

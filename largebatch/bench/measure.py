@@ -92,7 +92,15 @@ class _Case:
         self.plan = plan
         self.device = device
         self.collectives = collectives
-        feed = Feed(config, work / "feed", collectives.world, first_step=0)
+        torch.manual_seed(config.seed)
+        self.objective = build_objective(config)
+        feed = Feed(
+            config,
+            work / "feed",
+            collectives.world,
+            first_step=0,
+            fields=self.objective.fields,
+        )
         torch.manual_seed(config.seed)
         # Another case has trained the tokenizer already. Weights change nothing in the time.
         made = config.backbone.path is None and (work / "backbone/modules.json").is_file()
@@ -107,7 +115,6 @@ class _Case:
         self.encoder.to(device).train()
         self.forward_flops = count_forward(self.encoder)
         self.shapes = linear_shapes(self.encoder)
-        self.objective = build_objective(config)
         self.strategy, self.engine = build_step(
             config, self.encoder, self.objective, collectives, device
         )

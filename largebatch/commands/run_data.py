@@ -15,7 +15,7 @@ from largebatch.errors import UserError
 from largebatch.model.pretrained import load_tokenizer
 from largebatch.model.settings import cut_at_tokenizer, merged_settings
 from largebatch.order.schedule import Schedule
-from largebatch.train.build import build_schedule, build_sources
+from largebatch.train.build import build_objective, build_schedule, build_sources
 from largebatch.train.resume import check_same_run
 
 DECIDES_BATCHES = ("seed", "global_batch", "data", "text", "backbone")
@@ -48,7 +48,10 @@ def open_run_data(config: TrainConfig) -> RunData:
         UserError: The sources have no index.
     """
     # Shards that are not there are part of what is to be told: no reason to stop.
-    sources = build_sources(replace(config, data=replace(config.data, on_fault="skip")))
+    sources = build_sources(
+        replace(config, data=replace(config.data, on_fault="skip")),
+        build_objective(config).fields,
+    )
     folder = Path(config.output_dir)
     notes = _compare_with_run(config, folder)
     schedule: Schedule | None = None

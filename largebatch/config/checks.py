@@ -75,7 +75,7 @@ class Faults:
 
     def fields(self, option: str, fields: Mapping[str, str]) -> None:
         """Note names of fields that are given for something that no record has."""
-        roles = ("query", "document", "negatives", "id", "grade")
+        roles = ("query", "document", "negatives", "id", "scores", "label", "grade")
         for name in sorted(set(fields) - set(roles)):
             self.found.append(
                 f"{option}.{name} means nothing; {option} maps {', '.join(roles[:-1])} and grade "

@@ -34,7 +34,9 @@ class SourceConfig:
     fields: dict[str, str] = field(default_factory=dict)
     """Which field of a record is what, as {query: title, document: body}. Unset: the names that
     sentence-transformers, FlagEmbedding, tevatron, Automodel and BEIR use are recognized. With
-    {grade: none} all records are positive pairs, even if a label or a score in them says no."""
+    {grade: none} all records are positive pairs, even if a label or a score in them says no.
+    {scores: NAME} holds a teacher's scores, for objective.name=distill, and {label: NAME} what a
+    pair's similarity is to follow, for objective.name=sts; no row is left out for a low label."""
     weight: float | None = None
     """Share of the batches, relative to the other sources' weights; of a source that weighs 0
     nothing is read. Unset for all sources: a source weighs its number of records to the power of
@@ -51,7 +53,9 @@ class SourceConfig:
     mask_same_id: bool = False
     """Whether records with the same id answer the same query, however it is put: then their
     documents are no negatives of each other's queries. false: records are told apart by their
-    places, and ids may repeat; only equal texts are left out (objective.mask_duplicates)."""
+    places, and ids may repeat; only equal texts are left out (objective.mask_duplicates).
+    With fields={id: label} it contrasts by classes, as for classification and clustering: documents
+    of the query's own label are no negatives of it."""
 
     def check(self, key: str, faults: Faults) -> None:
         """Note what is wrong with the source at `key`, such as data.sources.mine."""

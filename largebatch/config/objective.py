@@ -13,6 +13,82 @@ QUERY_DOCUMENT = "query_document"
 CANDIDATES = (QUERY_DOCUMENT, "query_query", "document_query", "document_document")
 MATRYOSHKA_REDUCTIONS = ("sum", "mean")
 GUIDE_TOKENS = 16384
+DISTILLATIONS = ("kl", "margin_mse")
+STS_LOSSES = ("cosent", "angle")
+
+
+@dataclass(kw_only=True)
+class SigmoidConfig:
+    """SigLIP (arXiv 2303.15343): each query and document are a yes-or-no question of their own."""
+
+    scale: float = 10.0
+    """Where the learned factor of cosines starts, t in the paper (10 in open_clip and big_vision).
+    It is trained as its logarithm, and takes the place of a temperature."""
+    bias: float = -10.0
+    """Where the learned bias of logits starts: as low as negatives are many (-10 in open_clip,
+    -2.71 in big_vision's demo on COCO)."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.above("objective.sigmoid.scale", self.scale, 0)
+        faults.check(
+            math.isfinite(self.bias),
+            f"objective.sigmoid.bias={self.bias} must be a finite number",
+        )
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class DistillConfig:
+    """Distillation: a teacher's scores of a query's own candidates, its document and negatives."""
+
+    kind: str = "kl"
+    """kl: the divergence of the student's softmax over the candidates, at temperature.value, from
+    the teacher's; margin_mse: the squared error of the document's margin over each negative, in raw
+    dot products (mind pooling.normalize, which bounds them by 1)."""
+    teacher_temperature: float = 1.0
+    """kl only: what the teacher's scores are divided by (1 in SimLM)."""
+    scale_by_t2: bool = False
+    """kl only: whether it is multiplied by temperature.value squared, as sentence-transformers
+    does; SimLM and FlagEmbedding do not."""
+    contrastive_weight: float = 0.0
+    """Weight of the contrastive loss (with the options of objective.name=contrastive) on the same
+    batch, beside distillation with weight 1 (SimLM: 0.2, FlagEmbedding: 1). 0: it is not computed.
+    """
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.one_of("objective.distill.kind", self.kind, DISTILLATIONS)
+        faults.above("objective.distill.teacher_temperature", self.teacher_temperature, 0)
+        faults.at_least("objective.distill.contrastive_weight", self.contrastive_weight, 0)
+        for option, is_set in (
+            ("teacher_temperature", self.teacher_temperature != 1),
+            ("scale_by_t2", self.scale_by_t2),
+        ):
+            faults.check(
+                self.kind == "kl" or not is_set,
+                f"objective.distill.{option} is for objective.distill.kind=kl, and it is "
+                f"{self.kind}, which knows no temperature; leave it out",
+            )
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class StsConfig:
+    """Semantic textual similarity: pairs are to be as similar as their labels say, in order."""
+
+    kind: str = "cosent"
+    """What orders pairs. cosent: their cosine; angle: AnglE's similarity of complex vectors (arXiv
+    2309.12871)."""
+    scale: float = 20.0
+    """What similarities are multiplied with (sentence-transformers: 20 for both; AnglE's own
+    repository: 1 for angle)."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.one_of("objective.sts.kind", self.kind, STS_LOSSES)
+        faults.above("objective.sts.scale", self.scale, 0)
+        faults.finish()
 
 
 @dataclass(kw_only=True)
@@ -25,7 +101,8 @@ class ObjectiveConfig:
 
     name: str = "contrastive"
     """A file of largebatch/objectives/. contrastive: InfoNCE over the documents of the whole global
-    batch."""
+    batch; sigmoid: a yes-or-no question of each of its pairs (SigLIP); distill: a teacher's scores
+    of the records' candidates; sts: the order of the records' labels."""
     symmetric: bool = False
     """Whether documents must also find their query among all queries (as in CLIP): a softmax of
     their own, both weighing half."""
@@ -65,6 +142,9 @@ class ObjectiveConfig:
     """What the loss at each width weighs. Empty: as matryoshka_reduction says."""
     matryoshka_reduction: str = "sum"
     """How the losses of widths without weights are put together: sum or mean."""
+    sigmoid: SigmoidConfig = field(default_factory=SigmoidConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    sts: StsConfig = field(default_factory=StsConfig)
 
     def __post_init__(self) -> None:
         faults = Faults()

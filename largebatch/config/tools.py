@@ -61,7 +61,9 @@ class ShardConfig:
     """Split of a Hugging Face data set, or qrels/SPLIT.tsv of a BEIR folder."""
     fields: dict[str, str] = field(default_factory=dict)
     """Which field is what, as {query: title, document: body}. Unset: recognized by name. With
-    {grade: none} all rows are positive pairs, even if a label or a score beside them says no."""
+    {grade: none} all rows are positive pairs, even if a label or a score beside them says no.
+    {scores: NAME} keeps a teacher's scores, and {label: NAME} (or auto) the number that a pair's
+    similarity is to follow; rows with a low one are kept too."""
     positives: dict[str, str] = field(default_factory=dict)
     """Which rows are positive pairs, by their label or score, as {label: 1}, {label: entailment}
     or {score: '>=0.8'}; the others are dropped and counted. Unset: all, and one whose label or

@@ -20,7 +20,8 @@ from largebatch.shards.index import INDEX_NAME, ShardIndex
 from largebatch.shards.records import (
     BLANKS,
     NEGATIVES,
-    NO_GRADE,
+    NONE,
+    SCORES,
     FieldNames,
     Record,
     field_names,
@@ -40,7 +41,7 @@ EMPTY, TOO_SHORT, TOO_LONG, DUPLICATE, NO_POSITIVE = REASONS = (
 )
 
 # Names that a reader of our shards would take for a part of the pair.
-_RESERVED = re.compile(rf"query|document|source|id|(?:{'|'.join(NEGATIVES)})(?:_\d+)?")
+_RESERVED = re.compile(rf"query|document|source|id|scores|(?:{'|'.join(NEGATIVES)})(?:_\d+)?")
 
 
 class Counts(NamedTuple):
@@ -91,7 +92,7 @@ def convert(
             "choose another folder"
         )
     # Where the user says which rows are positives, what is left is.
-    fields = {**config.fields, "grade": NO_GRADE} if config.positives else config.fields
+    fields = {**config.fields, "grade": NONE} if config.positives else config.fields
     ids = IdCounter()
     seen: set[bytes] = set()
     # Each once, in order, whichever files it is in.
@@ -131,7 +132,7 @@ def convert(
                 )
                 ignored_positives += sum(not is_blank(text) for text in positives) - 1
                 kept_source = record.source or default_source
-                extra = extra_fields(row, names, uses_source=record.source != config.source)
+                extra = extra_fields(row, names, record, uses_source=record.source != config.source)
                 try:
                     writer.write(record._replace(source=kept_source), extra)
                 except UnfitRecordError as error:  # other records may have its id too
@@ -160,9 +161,11 @@ def convert(
 def _needed_among(
     names: Sequence[str], *, fields: Mapping[str, str], where: str
 ) -> tuple[str, ...]:
-    """Return which of an input's fields hold the texts of pairs, and their grades."""
+    """Return which of an input's fields hold pairs' texts, and their grades and numbers."""
     found = field_names(dict.fromkeys(names), fields=fields, where=where)
-    return found.query, found.document, *found.negatives, *found.grades
+    label = () if found.label is None else (found.label,)
+    scores = found.scores if SCORES in fields else ()
+    return (found.query, found.document, *found.negatives, *found.grades, *label, *scores)
 
 
 def _is_positive(row: Row, positives: Mapping[str, str]) -> bool:
@@ -210,9 +213,15 @@ def _reason_to_drop(record: Record, config: ShardConfig, seen: set[bytes]) -> st
     return None
 
 
-def extra_fields(row: Row, names: FieldNames, *, uses_source: bool) -> dict[str, Any]:
-    """Return the fields of a row that are no part of the pair, under the names they are kept by."""
+def extra_fields(
+    row: Row, names: FieldNames, record: Record, *, uses_source: bool
+) -> dict[str, Any]:
+    """Return what a row holds beyond its record, under the names it is kept by."""
     used = {names.query, names.document, names.id, *names.negatives}
+    if record.scores is not None:
+        used |= {*names.scores, names.score_list}
+    if record.label is not None:
+        used.add(names.label)
     if uses_source:
         used.add("source")
     kept = {}

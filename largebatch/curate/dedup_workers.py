@@ -233,7 +233,8 @@ def full_records(task: tuple[SourceSegment, list[int]]) -> list[tuple[Record, di
     for row in rows:
         fields = Row(f"{part.url}, from byte {part.segment.offset}", records.mapping(row))
         names = field_names(fields.fields, fields=_STATE.settings.fields, where=fields.where)
-        found.append((records.record(row), extra_fields(fields, names, uses_source=True)))
+        record = records.record(row)
+        found.append((record, extra_fields(fields, names, record, uses_source=True)))
     return found
 
 

@@ -24,6 +24,8 @@ class UsedTexts(NamedTuple):
     query: str
     document: str
     negatives: list[str]
+    scores: list[float] | None
+    """A teacher's, of the document and of each of these negatives."""
 
 
 class Source(NamedTuple):
@@ -51,6 +53,8 @@ class Source(NamedTuple):
     """Whether records with the same id answer the same query."""
     max_chars: int | None = None
     """Longest text that is no fault."""
+    needs: Sequence[str] = ()
+    """What every record must have beside its texts: scores, label."""
     retries: Retries = DEFAULT_RETRIES
     """How often a remote read is tried."""
     shard_names: Sequence[str] = ()
@@ -98,6 +102,7 @@ class Source(NamedTuple):
             source=self.name,
             shard_name=self.shard_names[int(self.shard_of_segment[number])],
             max_chars=self.max_chars,
+            needs=self.needs,
             retries=self.retries,
         )
 
@@ -112,10 +117,12 @@ class Source(NamedTuple):
     def used_texts(self, record: Record, text: TextSettings) -> UsedTexts:
         """Return the texts of a record that a run uses, each with its prompt before it."""
         query_prompt, document_prompt = self.prompts(text)
+        negatives = [document_prompt + one for one in record.negatives[: self.max_negatives]]
         return UsedTexts(
             query_prompt + record.query,
             document_prompt + record.document,
-            [document_prompt + negative for negative in record.negatives[: self.max_negatives]],
+            negatives,
+            None if record.scores is None else record.scores[: 1 + len(negatives)],
         )
 
     def fingerprint(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from largebatch.batch import RankBatch, SkippedRow, Texts
+from largebatch.batch import RankBatch, Scores, SkippedRow, Texts
 from largebatch.data.reader import Reader
 from largebatch.data.source import Source
 from largebatch.data.text import TextSettings, tokenize
@@ -206,6 +206,12 @@ class _BatchMaker:
             num_truncated=cut_queries + cut_documents + cut_negatives,
             loss_options=sources[0 if number is None else number].loss,
             same_ids=same_ids,
+            scores=Scores.of_records([one.scores or [] for one in used])
+            if "scores" in sources[0].needs
+            else None,
+            labels=np.array([record.label for record in records], np.float64)
+            if "label" in sources[0].needs
+            else None,
             places=[(int(place.segments[i]), int(place.offsets[i])) for i in usable],
             num_skipped=len(found) - len(records),
             newly_skipped=[one for one in found if isinstance(one, SkippedRow)],
@@ -285,6 +291,12 @@ def _join(parts: list[RankBatch]) -> RankBatch:
         same_ids=None
         if parts[0].same_ids is None
         else [name for part in parts for name in part.same_ids or ()],
+        scores=None
+        if parts[0].scores is None
+        else Scores.concatenate([part.scores for part in parts if part.scores is not None]),
+        labels=None
+        if parts[0].labels is None
+        else np.concatenate([part.labels for part in parts if part.labels is not None]),
         places=[place for part in parts for place in part.places],
         num_skipped=sum(part.num_skipped for part in parts),
         newly_skipped=[one for part in parts for one in part.newly_skipped],

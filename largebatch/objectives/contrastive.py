@@ -217,6 +217,7 @@ class ContrastiveLoss(EmbeddingObjective):
     """
 
     source_options = ("symmetric", "negatives", "in_batch")
+    has_temperature = True
     options = (
         "symmetric", "candidates", "repeat_positive", "in_batch", "mask_duplicates", "mask_margin",
         "mask_share", "mask_guide", "mask_guide_tokens_per_chunk", "negatives", "matryoshka_dims",

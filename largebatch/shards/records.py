@@ -28,12 +28,24 @@ A document is a text, or an object with `text` and maybe `title`, which is put b
 positives the first that is not blank is the document; the others are left out, as blank negatives
 are.
 
+A teacher's scores are a list of numbers, the positives' first and then the negatives': `scores`
+(this project, sentence-transformers), `pos_scores` with `neg_scores` (FlagEmbedding), or a list of
+that length in `label`, `labels` or `score` (sentence-transformers). What is left out of the texts
+is left out of the scores.
+
+A label is the number that a pair's similarity is to follow (semantic textual similarity). It is
+looked at only where `fields` names it; `auto` takes the one field that would grade the pair by its
+name. A low label is no fault of a row, so nothing grades a row with a label, unless `fields.grade`
+says what.
+
 A row with a field that grades the pair (`label`, `score`, `is_duplicate`, ...; see `grades.py`) is
 a record only if that field says yes, or nothing; a list of as many grades as there are positives
 must say so of each. `fields` may name the one field that grades, as
 `grade`; `none` says that none does, so that every row is a positive pair.
 """
 
+import decimal
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -62,8 +74,18 @@ PAIRS = (
 NEGATIVES = ("negatives", "negative", "neg", "negative_passages", "neg_doc")
 IDS = ("id", "_id", "query_id", "query-id", "question_id")
 
-# What `fields.grade` says where no field grades the pairs.
-NO_GRADE = "none"
+# What `fields` says of a grade, scores or a label that no field holds.
+NONE = "none"
+# What `fields.label` says where the field is to be found by its name.
+AUTO = "auto"
+
+SCORES, LABEL = "scores", "label"
+POSITIVE_SCORES, NEGATIVE_SCORES = "pos_scores", "neg_scores"
+# They may hold a teacher's scores, where they hold as many numbers as there are texts.
+SCORE_LISTS = ("label", "labels", "score")
+# The first of them that is there is the label, where several fields could be it.
+LABELS = (LABEL, "score")
+_NO_SCORES = "mend it, or set fields.scores=none if they are nothing to learn from"
 
 # What shows nothing of itself: white space, control characters, and zero-width characters.
 BLANKS = "".join(
@@ -97,6 +119,10 @@ class Record(NamedTuple):
     """Name of the set that it is from."""
     id: str
     """What it is called. It may repeat within a source; a record's place does not."""
+    scores: list[float] | None = None
+    """A teacher's score of the document, and then of each negative; None: there is none."""
+    label: float | None = None
+    """What the similarity of query and document is to follow; None: nobody says."""
 
 
 class FieldNames(NamedTuple):
@@ -114,6 +140,12 @@ class FieldNames(NamedTuple):
     """Fields that may say that the pair is no positive one."""
     other_grades: tuple[str, ...] = ()
     """Fields that would be among them by their names, and are not looked at."""
+    scores: tuple[str, ...] = ()
+    """The field of a teacher's scores, or those of the positives' and of the negatives'."""
+    score_list: str | None = None
+    """Field that holds the scores if it holds as many numbers as there are texts."""
+    label: str | None = None
+    """Field of the label."""
 
 
 def record_from_mapping(
@@ -126,19 +158,21 @@ def record_from_mapping(
 ) -> Record:
     """Turn a decoded row into a record.
 
-    `fields` names the row's own fields for any of query, document, negatives, id and grade; the
-    others are recognized (see the top of this file). An empty `source` leaves the row's own
-    `source`, where it has one. `default_id` is the id of a row without one. `where` begins the
-    message of an error: file and line, or shard and member. A text that is null becomes empty.
+    `fields` names the row's own fields for any of query, document, negatives, id, scores, label
+    and grade; the others are recognized (see the top of this file). An empty `source` leaves the
+    row's own `source`, where it has one. `default_id` is the id of a row without one. `where`
+    begins the message of an error: file and line, or shard and member. A text that is null becomes
+    empty.
 
     Raises DataError if a field that `fields` names is absent, if no query or document is
-    recognized, if a text is no text, or if a grade says that the pair is no positive one.
+    recognized, if a text is no text, a score or label no finite number, if there are not as many
+    scores as texts, or if a grade says that the pair is no positive one.
 
     >>> record_from_mapping(
     ...     {"anchor": "a", "positive": "b", "negative_1": "c"},
     ...     fields={}, source="s", default_id="7", where="pairs.jsonl, line 8",
     ... )
-    Record(query='a', document='b', negatives=['c'], source='s', id='7')
+    Record(query='a', document='b', negatives=['c'], source='s', id='7', scores=None, label=None)
     """
     try:
         record = make_record(mapping, fields=fields, source=source, default_id=default_id)
@@ -164,17 +198,24 @@ def make_record(
         query = ""
     elif not isinstance(query, str):
         raise _not_text(query, names.query)
+    documents, place = [document], 0
     if not isinstance(document, str):
         documents = _texts(document, names.document)
-        document = next((text for text in documents if not is_blank(text)), "")
+        place = next((i for i, text in enumerate(documents) if not is_blank(text)), -1)
+        document = "" if place < 0 else documents[place]
     negatives: list[str] = []
     for name in names.negatives:
-        negatives += [text for text in _texts(mapping[name], name) if not is_blank(text)]
+        negatives += _texts(mapping[name], name) or [""] * _is_numbered(name)
+    scores = None
+    if names.scores or names.score_list:
+        scores = _scores(mapping, names, documents, negatives, place, is_named="scores" in fields)
+    negatives = [text for text in negatives if not is_blank(text)]
     if not source:
         own_source = mapping.get("source")
         source = own_source if isinstance(own_source, str) else ""
     record_id = default_id if names.id is None else _id(mapping[names.id], names.id, default_id)
-    return Record(query, document, negatives, source, record_id)
+    label = None if names.label is None else _number(mapping[names.label], names.label)
+    return Record(query, document, negatives, source, record_id, scores, label)
 
 
 def field_names(mapping: Mapping[str, Any], *, fields: Mapping[str, str], where: str) -> FieldNames:
@@ -214,7 +255,83 @@ def _texts(value: Any, field: str) -> list[str]:
         value = _rows(value)
     elif not isinstance(value, Sequence) or isinstance(value, bytes):
         raise _not_text(value, field)
-    return [_text(item, field) for item in value if item is not None]
+    return ["" if item is None else _text(item, field) for item in value]
+
+
+def _scores(
+    mapping: Mapping[str, Any],
+    names: FieldNames,
+    documents: Sequence[str],
+    negatives: Sequence[str],
+    place: int,
+    *,
+    is_named: bool,
+) -> list[float] | None:
+    """Return a teacher's scores of a document and of the negatives that are not blank.
+
+    Args:
+        mapping: The row.
+        names: Which fields hold what.
+        documents: All positives.
+        negatives: All negatives.
+        place: Which of the documents is the record's; -1: all are blank.
+        is_named: Whether a user has named the field, and not only its name is that of one.
+    """
+    wanted = len(documents) + len(negatives)
+    if names.score_list is not None:
+        found = mapping[names.score_list]
+        if not (isinstance(found, list) and negatives and len(found) == wanted):
+            return None  # it is of something else
+        values, field = found, names.score_list
+    else:
+        values, field = [], " and ".join(names.scores)
+        for name in names.scores:
+            part = mapping[name]
+            if part is None or (part == [] and len(names.scores) > 1):
+                continue
+            if not isinstance(part, list | tuple):
+                if not is_named:
+                    return None
+                raise _field_error(
+                    f"field {name!r} holds {_kind(part)}, and must hold a teacher's scores as a "
+                    f"list of numbers; {_NO_SCORES}"
+                )
+            values += part
+        if not values and wanted:
+            return None
+    if len(values) != wanted:
+        raise _field_error(
+            f"field {field!r} holds {len(values):,} scores for {len(documents)} documents and "
+            f"{len(negatives)} negatives, and each needs one, the documents' first; {_NO_SCORES}"
+        )
+    used = [i for i, text in enumerate(negatives, start=len(documents)) if not is_blank(text)]
+    scores = [_number(values[i], field) for i in [place] * (place >= 0) + used]
+    if None in scores:
+        raise _field_error(f"field {field!r} holds null among its scores; {_NO_SCORES}")
+    return [score for score in scores if score is not None]
+
+
+def _number(value: Any, field: str) -> float | None:
+    """Return a finite number; None for nothing.
+
+    A text may hold one: a csv file holds nothing else.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    is_number = isinstance(value, str | int | float | decimal.Decimal)
+    try:
+        number = float(value) if is_number else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        shown = repr(str(value)[:60]) if is_number else _kind(value)
+        raise _field_error(f"field {field!r} holds {shown}, and must hold finite numbers")
+    return number
+
+
+def _is_numbered(name: str) -> bool:
+    """Whether it is one of several fields with a text each, so that null is a text left out."""
+    return re.search(r"_\d+$", name) is not None
 
 
 def _num_items(value: Any) -> int:
@@ -237,7 +354,7 @@ def _find_field_names(present: tuple[str, ...], mapped: tuple[tuple[str, str], .
         )
     fields = dict(mapped)
     for role, name in fields.items():
-        if role == "grade" and name == NO_GRADE:
+        if (role in ("grade", "scores") and name == NONE) or (role == "label" and name == AUTO):
             continue
         if name not in present and not (role == "negatives" and _numbered(name, present)):
             raise _field_error(
@@ -278,11 +395,60 @@ def _find_field_names(present: tuple[str, ...], mapped: tuple[tuple[str, str], .
     ids = [name for name in IDS if name in present and name not in (query, document, *negatives)]
     record_id = fields.get("id", ids[0] if ids else None)
     others = [n for n in present if n not in (query, document, record_id, *negatives)]
+    label = _label_among([n for n in others if n != fields.get("grade")], fields.get(LABEL))
+    scores, score_list = _scores_among([n for n in others if n != label], fields)
+    others = [name for name in others if name not in (label, *scores)]
     by_name = tuple(filter(is_grade, others))
     wanted = fields.get("grade")
-    grades = by_name if wanted is None else () if wanted == NO_GRADE else (wanted,)
+    grades = by_name
+    if wanted is not None:
+        grades = () if wanted == NONE else (wanted,)
+    elif LABEL in fields:
+        grades = ()
     other_grades = tuple(name for name in by_name if name not in grades)
-    return FieldNames(query, document, tuple(negatives), record_id, grades, other_grades)
+    return FieldNames(
+        query,
+        document,
+        tuple(negatives),
+        record_id,
+        grades,
+        other_grades,
+        scores,
+        score_list,
+        label,
+    )
+
+
+def _label_among(names: Sequence[str], wanted: str | None) -> str | None:
+    """Return the field of the label; None: there is none, or none is asked for."""
+    if wanted != AUTO:
+        return wanted
+    found = [name for name in names if is_grade(name)]
+    first = [name for name in LABELS if name in found]
+    if len(found) > 1 and not first:
+        raise _field_error(
+            f"its label could be any of its fields {_listed(found)}; say which it is, as in "
+            f"'fields={{label: {found[0]}}}'"
+        )
+    return next(iter(first + found), None)
+
+
+def _scores_among(
+    names: Sequence[str], fields: Mapping[str, str]
+) -> tuple[tuple[str, ...], str | None]:
+    """Return the fields of a teacher's scores, or the one that may hold some."""
+    wanted = fields.get("scores")
+    if wanted == NONE:
+        return (), None
+    if wanted is not None:
+        return (wanted,), None
+    if SCORES in names:
+        return (SCORES,), None
+    if POSITIVE_SCORES in names and NEGATIVE_SCORES in names:
+        return (POSITIVE_SCORES, NEGATIVE_SCORES), None
+    return (), next(
+        (name for name in SCORE_LISTS if name in names and name != fields.get("grade")), None
+    )
 
 
 def _numbered(name: str, present: Sequence[str]) -> list[str]:
@@ -373,7 +539,8 @@ def _graded(name: str, value: Any) -> DataError:
     return DataError(
         f"field {name!r} grades the pair, and {shown if len(shown) <= 60 else f'{shown[:60]}...'} "
         f"does not say that it is a positive one (as 1 or true would); {cure}, or set "
-        "fields.grade=none to take every row for one",
+        "fields.grade=none to take every row for one, or fields.label to its name if the pairs' "
+        "similarity is to follow it",
         kind="graded",
     )
 

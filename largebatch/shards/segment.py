@@ -11,7 +11,7 @@ import sys
 import zlib
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -45,9 +45,11 @@ class SegmentRecords(ABC):
         source: str,
         shard_name: str,
         max_chars: int | None,
+        needs: Collection[str],
     ) -> None:
         self.url = url
         self.fields = dict(fields)
+        self.needs = needs
         self.source = source
         self.max_chars = max_chars
         self.shard_name = shard_name
@@ -64,7 +66,8 @@ class SegmentRecords(ABC):
         """Decode a record.
 
         Raises DataError, naming shard, member and byte, if it is no UTF-8 or no JSON, lacks a
-        field, has an empty query or document, or a text of more than `max_chars` characters.
+        field or what is in `needs`, has an empty query or document, or a text of more than
+        `max_chars` characters.
         """
         mapping = self.mapping(number)
         try:
@@ -99,6 +102,13 @@ class SegmentRecords(ABC):
         if is_blank(query) or is_blank(document):
             side = "query" if is_blank(query) else "document"
             raise DataError(f"record {record.id!r} has an empty {side}", kind="empty")
+        for need in self.needs:
+            if getattr(record, need) is None:
+                raise DataError(
+                    f"record {record.id!r} has no {need}, which what is trained needs of every "
+                    "record; give it some, or leave the record out",
+                    kind="field",
+                )
         if most is None or (len(query) <= most and len(document) <= most and not record.negatives):
             return
         for text in (query, document, *record.negatives):
@@ -230,12 +240,14 @@ def read_segment(
     source: str,
     shard_name: str | None = None,
     max_chars: int | None = None,
+    needs: Collection[str] = (),
     retries: Retries = DEFAULT_RETRIES,
 ) -> SegmentRecords:
     """Read one segment of the shard at `url`, by byte range, without decoding its records.
 
     `fields` and `source` are as in `record_from_mapping`. A record without an id gets `FILE:KEY`,
-    and in a packed member `FILE:KEY:LINE`; FILE is `shard_name`, where that is given.
+    and in a packed member `FILE:KEY:LINE`; FILE is `shard_name`, where that is given. `needs` may
+    be `scores` and `label`, without which a record can't be used.
 
     Raises DataError, naming the shard, the bytes and as far as possible the member, if the segment
     as a whole can't be used: it can't be read, is not what was indexed, or holds something that
@@ -266,6 +278,7 @@ def read_segment(
         "source": source,
         "shard_name": shard_name or url.rpartition("/")[2],
         "max_chars": max_chars,
+        "needs": needs,
     }
     if segment.crc32 >= 0 and (crc32 := zlib.crc32(data)) != segment.crc32:
         detail = _first_fault(url, segment, data, options)

@@ -248,6 +248,10 @@ def _encode(record: Record, extra: Mapping[str, Any]) -> bytes:
     content: dict[str, Any] = {"query": record.query, "document": record.document}
     if record.negatives:
         content["negatives"] = record.negatives
+    if record.scores is not None:
+        content["scores"] = record.scores
+    if record.label is not None:
+        content["label"] = record.label
     content |= {"source": record.source, "id": record.id}
     if taken := (set(content) | {"negatives"}) & set(extra):
         raise UnfitRecordError(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from largebatch.batch import Int64Array, RankBatch, Texts
+from largebatch.batch import Float64Array, Int64Array, RankBatch, Scores, Texts
 from largebatch.parallel.collectives import Collectives
 from largebatch.phases import phase
 from largebatch.step.hashes import id_hashes
@@ -37,6 +37,10 @@ class Pairs(NamedTuple):
     nobody's own."""
     id_hashes: Int64Array | None
     """`[b]`, of the pairs' records; None: nobody knows them."""
+    labels: Float64Array | None = None
+    """`[b]`, what each pair's similarity is to follow; None: nobody says."""
+    scores: Scores | None = None
+    """A teacher's, where `negative_counts` says whose the negatives are; None: there is none."""
 
     @classmethod
     def of(cls, batch: RankBatch) -> "Pairs":
@@ -48,6 +52,8 @@ class Pairs(NamedTuple):
             batch.negatives,
             None if counts is None else counts.astype(np.int64),
             None if ids is None else id_hashes(ids),
+            batch.labels,
+            batch.scores,
         )
 
     @property
@@ -73,12 +79,17 @@ class Pairs(NamedTuple):
             first = (np.cumsum(self.negative_counts) - self.negative_counts)[pairs]
             before = np.cumsum(counts) - counts
             negatives = np.repeat(first - before, counts) + np.arange(int(counts.sum()))
+        scores = self.scores
+        if scores is not None:
+            scores = Scores(scores.documents[pairs], scores.negatives[negatives])
         return Pairs(
             self.queries.take(pairs),
             self.documents.take(pairs),
             self.negatives.take(negatives),
             counts,
             None if self.id_hashes is None else self.id_hashes[pairs],
+            None if self.labels is None else self.labels[pairs],
+            scores,
         )
 
     @classmethod
@@ -86,12 +97,16 @@ class Pairs(NamedTuple):
         """Join several parts, in order."""
         counts = [part.negative_counts for part in parts if part.negative_counts is not None]
         hashes = [part.id_hashes for part in parts if part.id_hashes is not None]
+        labels = [part.labels for part in parts if part.labels is not None]
+        scores = [part.scores for part in parts if part.scores is not None]
         return cls(
             Texts.concatenate([part.queries for part in parts]),
             Texts.concatenate([part.documents for part in parts]),
             Texts.concatenate([part.negatives for part in parts]),
             np.concatenate(counts) if counts else None,
             np.concatenate(hashes) if hashes else None,
+            np.concatenate(labels) if labels else None,
+            Scores.concatenate(scores) if scores else None,
         )
 
 
@@ -112,15 +127,16 @@ def exchange_pairs(pairs: Pairs, collectives: Collectives) -> Pairs:
     rank, size = collectives.world.rank, collectives.world.size
     if size == 1:
         return pairs
-    known = _Known(pairs.negative_counts is not None, pairs.id_hashes is not None)
+    known = _Known.of(pairs)
     header = [*known, pairs.queries.num_texts]
     counts = np.empty(0, np.int64) if pairs.negative_counts is None else pairs.negative_counts
     told = collectives.gather_ragged(np.concatenate([header, counts, pairs.tokens]))
-    assert all(tuple(numbers[:2]) == known for numbers in told), "ranks know different things"
-    num_pairs = [int(numbers[2]) for numbers in told]
-    own = [b if known.counts else 0 for b in num_pairs]
-    counts_of_ranks = [numbers[3 : 3 + n] for numbers, n in zip(told, own, strict=True)]
-    tokens = [numbers[3 + n :] for numbers, n in zip(told, own, strict=True)]
+    k = len(known)
+    assert all(tuple(numbers[:k]) == known for numbers in told), "ranks know different things"
+    num_pairs = [int(numbers[k]) for numbers in told]
+    own = [k + 1 + (b if known.counts else 0) for b in num_pairs]
+    counts_of_ranks = [numbers[k + 1 : end] for numbers, end in zip(told, own, strict=True)]
+    tokens = [numbers[end:] for numbers, end in zip(told, own, strict=True)]
     owners = new_owners(tokens)
     given = [np.flatnonzero(owner != number) for number, owner in enumerate(owners)]
     if not any(len(loads) for loads in given):
@@ -143,6 +159,14 @@ class _Known(NamedTuple):
 
     counts: bool
     ids: bool
+    labels: bool
+    scores: bool
+
+    @classmethod
+    def of(cls, pairs: Pairs) -> "_Known":
+        assert pairs.scores is None or pairs.negative_counts is not None, "whose are the scores?"
+        knowledge = (pairs.negative_counts, pairs.id_hashes, pairs.labels, pairs.scores)
+        return cls(*(one is not None for one in knowledge))
 
 
 def new_owners(tokens: Sequence[Int64Array]) -> list[Int64Array]:
@@ -194,6 +218,11 @@ def _longest_that_fit(tokens: Int64Array, room: float) -> list[int]:
 def _message(pairs: Pairs) -> Int64Array:
     sides = (pairs.queries, pairs.documents, pairs.negatives)
     of_pairs = [one for one in (pairs.id_hashes, pairs.negative_counts) if one is not None]
+    # Numbers with a fraction go as they are, bit by bit.
+    if pairs.labels is not None:
+        of_pairs.append(pairs.labels.view(np.int64))
+    if pairs.scores is not None:
+        of_pairs += [scores.view(np.int64) for scores in pairs.scores]
     lengths = [side.lengths.astype(np.int64) for side in sides]
     tokens = [side.tokens.astype(np.int64) for side in sides]
     return np.concatenate([*of_pairs, *lengths, *tokens])
@@ -205,7 +234,8 @@ def _message_size(
     """Return how long a rank's message is, which all know: so one gather has room for all."""
     pairs = loads[loads < num_pairs]
     num_negatives = int(counts[pairs].sum()) if known.counts else len(loads) - len(pairs)
-    return len(pairs) * (2 + sum(known)) + num_negatives + int(tokens[loads].sum())
+    of_negatives = num_negatives * (1 + known.scores)
+    return len(pairs) * (2 + sum(known)) + of_negatives + int(tokens[loads].sum())
 
 
 def _read(message: Int64Array, are_pairs: npt.NDArray[np.bool_], known: _Known) -> Pairs:
@@ -215,8 +245,11 @@ def _read(message: Int64Array, are_pairs: npt.NDArray[np.bool_], known: _Known) 
     if known.counts:
         begin = b if known.ids else 0
         num_negatives = int(message[begin : begin + b].sum())
-    numbers = [b if known.ids else 0, b if known.counts else 0, b, b, num_negatives]
-    hashes, counts, *lengths, tokens = np.split(message, np.cumsum(numbers))
+    of_pairs = [b * known.ids, b * known.counts, b * known.labels, b * known.scores]
+    numbers = [*of_pairs, num_negatives * known.scores, b, b, num_negatives]
+    hashes, counts, labels, of_documents, of_negatives, *lengths, tokens = np.split(
+        message, np.cumsum(numbers)
+    )
     sides = np.split(tokens, np.cumsum([side.sum() for side in lengths])[:-1])
     queries, documents, negatives = (
         Texts(side.astype(np.int32), own.astype(np.int32))
@@ -228,4 +261,8 @@ def _read(message: Int64Array, are_pairs: npt.NDArray[np.bool_], known: _Known) 
         negatives,
         counts if known.counts else None,
         hashes if known.ids else None,
+        labels.view(np.float64) if known.labels else None,
+        Scores(of_documents.view(np.float64), of_negatives.view(np.float64))
+        if known.scores
+        else None,
     )

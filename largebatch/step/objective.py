@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from largebatch.batch import Int64Array, IntArray, RankBatch, Texts
+from largebatch.batch import Float64Array, Int64Array, IntArray, RankBatch, Scores, Texts
 from largebatch.config import LossOptions
 from largebatch.model.chunks import TokenChunk
 from largebatch.model.encoder import Encoder
@@ -96,11 +96,13 @@ class Objective(nn.Module, ABC):
     """
 
     fields: ClassVar[tuple[str, ...]] = ("query", "document")
-    """Fields of a record that it needs; of query, document, negatives."""
-    source_options: ClassVar[tuple[str, ...]] = ()
+    """Fields of a record that it needs; of query, document, negatives, scores, label."""
+    source_options: Sequence[str] = ()
     """Entries of `data.sources.NAME.loss` that it heeds."""
-    options: ClassVar[tuple[str, ...]] = ()
+    options: Sequence[str] = ()
     """Entries of `objective` that it heeds, of those that stand in no mapping of one objective."""
+    has_temperature: bool = False
+    """Whether it heeds `temperature`."""
 
     def needs(self, options: LossOptions) -> Sequence[str]:  # noqa: ARG002
         """Return which fields it needs of the records of a source with these options."""
@@ -184,6 +186,16 @@ class EmbeddedBatch(NamedTuple):
     def num_pairs(self) -> int:
         """Pairs of all ranks."""
         return sum(one.num_pairs for one in self.facts)
+
+    @property
+    def labels(self) -> Float64Array | None:
+        """`[b]` on the host, of the rows; None: the objective has not said that it needs them."""
+        return self.pairs.labels
+
+    @property
+    def scores(self) -> Scores | None:
+        """A teacher's, on the host, of the rows and negatives; None: as for the labels."""
+        return self.pairs.scores
 
     def own_share(self, sum_over_rows: Tensor) -> Tensor:
         """Return what to back-propagate for a sum over this rank's rows.

@@ -76,7 +76,8 @@ class EarlyGather:
 
     def start_if_complete(self, left: Sequence[PlannedChunk]) -> None:
         """Start, unless it has begun or one of the chunks that are left holds a column."""
-        if self.started is None and not any(one.has_columns for one in left):
+        # Nothing to gather is known to all ranks; one without texts would not come here.
+        if any(self._counts) and self.started is None and not any(o.has_columns for o in left):
             with phase("gather"):
                 columns_m = to_device(self.columns, self._embeddings_ud.device)
                 self.started = self._collectives.start_gather(

@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from largebatch.config import CurriculumConfig, TextConfig, TrainConfig, longer_than
+from largebatch.config import (
+    CurriculumConfig,
+    TemperatureConfig,
+    TextConfig,
+    TrainConfig,
+    longer_than,
+)
 from largebatch.data.source import Source
 from largebatch.data.stream import TextChange, sample_texts
 from largebatch.data.text import TextSettings, train_tokenizer
@@ -23,6 +29,7 @@ from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.make import make_strategy
 from largebatch.parallel.strategy import ENCODER, Strategy
 from largebatch.shards.find import resolve_source
+from largebatch.shards.records import AUTO, LABEL, NONE, SCORES
 from largebatch.step.make import make_step
 from largebatch.step.objective import Objective, Step
 from largebatch.stores.retries import Retries
@@ -31,8 +38,12 @@ TOKENIZER_RECORDS = 100_000
 """Records that a tokenizer is trained on, spread over the sources."""
 
 
-def build_sources(config: TrainConfig) -> list[Source]:
+def build_sources(config: TrainConfig, fields: Collection[str] = ()) -> list[Source]:
     """Find the shards of the run's sources; of one that no batch takes from, none.
+
+    Args:
+        config: Of the run.
+        fields: Those of a record that the objective needs.
 
     Raises:
         UserError: There are none, or they can't be used.
@@ -45,17 +56,31 @@ def build_sources(config: TrainConfig) -> list[Source]:
             resolve_source(source.urls, check_present=data.on_fault == "fail", retries=retries)
             if data.is_drawn(name)
             else [],
-            source.fields,
+            _read_fields(source.fields, fields),
             query_prompt=source.query_prompt,
             document_prompt=source.document_prompt,
             max_negatives=source.max_negatives,
             loss=source.loss,
             mask_same_id=source.mask_same_id,
             max_chars=data.max_chars,
+            needs=[one for one in (SCORES, LABEL) if one in fields],
             retries=retries,
         )
         for name, source in data.sources.items()
     ]
+
+
+def _read_fields(given: Mapping[str, str], needed: Collection[str]) -> dict[str, str]:
+    """Return a source's fields, with scores and labels for an objective that learns from them only.
+
+    For any other they are nothing that a record could be faulty by.
+    """
+    fields = dict(given)
+    if SCORES not in needed:
+        fields[SCORES] = NONE
+    if LABEL in needed:
+        fields.setdefault(LABEL, AUTO)
+    return fields
 
 
 def build_schedule(config: TrainConfig, sources: Sequence[Source]) -> Schedule:
@@ -110,21 +135,37 @@ def build_objective(config: TrainConfig) -> Objective:
     module = importlib.import_module(f"largebatch.objectives.{config.objective.name}")
     objective: Objective = module.build(config)
     faults = [
-        f"data.sources.{name}.loss.{option} is nothing that objective.name="
-        f"{config.objective.name} knows; leave it out"
-        for name, source in config.data.sources.items()
-        for option, value in vars(source.loss).items()
-        if value is not None and option not in objective.source_options
+        f"{option} does nothing for objective.name={config.objective.name}, as that is set; leave "
+        "it out"
+        for option in _ignored_options(config, objective)
     ]
     faults += [
-        f"objective.{option}={value} is nothing that objective.name={config.objective.name} knows; "
-        "leave it out"
-        for option, value in config.objective.shared_options().items()
-        if option not in objective.options
+        f"data.sources.{name}.fields.{field}={source.fields[field]} is nothing that "
+        f"objective.name={config.objective.name} learns from; leave it out"
+        for name, source in config.data.sources.items()
+        for field in (SCORES, LABEL)
+        if source.fields.get(field, NONE) != NONE and field not in objective.fields
     ]
     if faults:
         raise UserError("; ".join(faults))
     return objective
+
+
+def _ignored_options(config: TrainConfig, objective: Objective) -> Iterator[str]:
+    """Yield options that are set though the objective doesn't heed them."""
+    for name, source in config.data.sources.items():
+        for option, value in vars(source.loss).items():
+            if value is not None and option not in objective.source_options:
+                yield f"data.sources.{name}.loss.{option}={value}"
+        if source.mask_same_id and "mask_duplicates" not in objective.options:
+            yield f"data.sources.{name}.mask_same_id=true"
+    for option, value in config.objective.shared_options().items():
+        if option not in objective.options:
+            yield f"objective.{option}={value}"
+    if not objective.has_temperature:
+        for option, usual in vars(TemperatureConfig()).items():
+            if (value := getattr(config.temperature, option)) != usual:
+                yield f"temperature.{option}={value}"
 
 
 def build_step(

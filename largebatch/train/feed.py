@@ -13,12 +13,21 @@ from largebatch.data.source import Source
 from largebatch.data.stream import Stream, usable_records
 from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
+from largebatch.shards.records import LABEL, SCORES
 from largebatch.step.objective import SourceNote
 from largebatch.train.build import build_schedule, build_sources, text_changes
 from largebatch.world import World
 
 SHARE_OF_AT_LEAST = 1_000_000
 """Pairs that `data.max_skipped_share` is a share of at the beginning of a run."""
+
+_NEEDED = {
+    "negatives": "negatives, and the records have none, or {key}.max_negatives=0 leaves them out",
+    SCORES: "a teacher's scores, the document's and each negative's, and the records have none "
+    "that are recognized; say which field holds them: {key}.fields.scores=NAME",
+    LABEL: "a number that each pair's similarity is to follow, and the records have none that is "
+    "recognized; say which field holds it: {key}.fields.label=NAME",
+}
 
 
 class Feed:
@@ -29,17 +38,27 @@ class Feed:
         folder: The run folder.
         world: Which part of each batch is this rank's.
         first_step: Steps taken before.
+        fields: Those of a record that the objective needs.
 
     Raises:
         UserError: The shards can't be used, or hold too little.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, world: World, *, first_step: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        world: World,
+        *,
+        first_step: int,
+        fields: Collection[str] = (),
+    ) -> None:
         self.config = config
         self.folder = folder
         self.world = world
         self.first_step = first_step
-        self.sources = build_sources(config)
+        self.fields = fields
+        self.sources = build_sources(config, fields)
         self.schedule = build_schedule(config, self.sources)
         if (steps := self.schedule.num_steps) is not None and steps < config.max_steps:
             raise UserError(
@@ -66,20 +85,23 @@ class Feed:
             UserError: A source lacks it.
         """
         for source, is_drawn in zip(self.sources, self.schedule.is_drawn, strict=True):
-            needed = "negatives" in needs(source.loss)
-            if is_drawn and needed and not self._has_negatives(source):
-                raise UserError(
-                    f"data.sources.{source.name}: objective.name={self.config.objective.name} "
-                    "needs negatives, and the records have none, or data.sources."
-                    f"{source.name}.max_negatives=0 leaves them out"
-                )
+            if not is_drawn:
+                continue
+            needed = needs(source.loss)
+            for field in ("negatives", SCORES, LABEL):
+                if field in needed and not self._has(field, source):
+                    raise UserError(
+                        f"data.sources.{source.name}: objective.name={self.config.objective.name} "
+                        f"needs {_NEEDED[field].format(key=f'data.sources.{source.name}')}"
+                    )
 
-    def _has_negatives(self, source: Source) -> bool:
-        """Whether any record of the first segment has negatives that are used."""
-        skips = self.config.data.on_fault == "skip"
-        if source.max_negatives == 0:
+    def _has(self, field: str, source: Source) -> bool:
+        """Whether any record of the first segment has negatives, scores or a label to be used."""
+        if field == "negatives" and source.max_negatives == 0:
             return False
-        return any(record.negatives for record in usable_records(source.read(0), skip_faults=skips))
+        skips = self.config.data.on_fault == "skip"
+        records = usable_records(source._replace(needs=()).read(0), skip_faults=skips)
+        return any(getattr(record, field) not in (None, []) for record in records)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:

@@ -102,7 +102,13 @@ class _Training:
         self.objective = build_objective(config)
 
         # Data. Sets and shards are looked at before anything expensive.
-        self.feed = Feed(config, folder, self.world, first_step=self.first_step)
+        self.feed = Feed(
+            config,
+            folder,
+            self.world,
+            first_step=self.first_step,
+            fields=self.objective.fields,
+        )
         collectives.all_succeed(lambda: self.feed.check_fields(self.objective.needs))
         self.dev_sets = load_sets(config.eval.dev, option="eval.dev")
         self.test_sets = load_sets(config.eval.test, option="eval.test")

@@ -290,3 +290,41 @@ def test_blank_positives_count_as_none(tmp_path):
     counts = run(write(tmp_path / "a.jsonl", rows), tmp_path / "out")
     assert (counts.written, counts.ignored_positives, counts.dropped["empty"]) == (1, 1, 1)
     assert records(tmp_path / "out")[0].document == "z"
+
+
+def test_a_set_of_similarities_keeps_its_rows_with_their_labels(tmp_path):
+    text = "sentence1\tsentence2\tscore\tgenre\na\tb\t5.0\tx\nc\td\t0.2\ty\n"
+    (tmp_path / "sts.tsv").write_text(text)
+    run(tmp_path / "sts.tsv", tmp_path / "out", fields={"label": "score"})
+    first, second = contents(tmp_path / "out")
+    assert (first["label"], second["label"]) == (5.0, 0.2)
+    assert (second["query"], second["genre"]) == ("c", "y")
+    assert "score" not in second
+    # Who reads them without a need for labels is told that not all are positive pairs.
+    with pytest.raises(UserError, match="field 'label' grades the pair"):
+        records(tmp_path / "out")
+
+
+def test_a_teachers_scores_are_kept_in_one_form(tmp_path):
+    rows = [
+        {"query": "q", "pos": ["d"], "neg": ["n", " ", "m"]}
+        | {"pos_scores": [3], "neg_scores": [2, 9, 1], "prompt": "p"},
+        {"query": "r", "pos": ["e"], "neg": ["k"], "pos_scores": None, "neg_scores": None},
+    ]
+    run(write(tmp_path / "a.jsonl", rows), tmp_path / "out")
+    assert [record.scores for record in records(tmp_path / "out")] == [[3.0, 2.0, 1.0], None]
+    first, second = contents(tmp_path / "out")
+    assert first["negatives"] == ["n", "m"]
+    assert "pos_scores" not in first
+    assert first["prompt"] == "p"
+    assert second["pos_scores"] is None
+
+
+def test_scores_of_something_else_are_put_aside(tmp_path):
+    row = {"query": "q", "document": "d", "scores": [1, 2, 3]}
+    path = write(tmp_path / "a.jsonl", [row])
+    with pytest.raises(UserError, match=r"'scores' holds 3 scores for 1 documents"):
+        run(path, tmp_path / "out")
+    run(path, tmp_path / "out", fields={"scores": "none"})
+    assert contents(tmp_path / "out")[0]["input_scores"] == [1, 2, 3]
+    assert records(tmp_path / "out")[0].scores is None

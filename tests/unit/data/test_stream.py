@@ -359,3 +359,38 @@ def test_records_without_ids_are_told_apart_over_folders_too(tmp_path, tokenizer
     source = Source.of_shards("here", resolve_source(urls), {})
     ids = {item.id for number in range(2) for item in source.read(number)}
     assert len(ids) == 60
+
+
+def numbered(number):
+    """A record with a score for the document and each negative, and a label, made of its number."""
+    negatives = ["w1 w2"] * (number % 3)
+    scores = [float(number), *(number + (i + 1) / 10 for i in range(len(negatives)))]
+    return record(number, negatives=negatives, scores=scores, label=number / 7)
+
+
+@pytest.mark.parametrize(("size", "workers"), [(1, 0), (2, 2), (3, 1)])
+@pytest.mark.parametrize("most", [None, 1])
+def test_scores_and_labels_come_with_their_pairs(tmp_path, tokenizer, size, workers, most):
+    source = write(
+        tmp_path, map(numbered, range(100)), needs=["scores", "label"], max_negatives=most
+    )._replace(fields={"label": "auto"})
+    for rank in range(size):
+        world = World(rank=rank, size=size)
+        for batch in stream(source, tokenizer, world=world, workers=workers).batches(0, 3):
+            numbers = np.array([int(name.removeprefix("here/")) for name in batch.ids])
+            np.testing.assert_array_equal(batch.labels, numbers / 7)
+            np.testing.assert_array_equal(batch.scores.documents, numbers)
+            expected = [
+                number + (i + 1) / 10
+                for number in numbers
+                for i in range(min(number % 3, most or 3))
+            ]
+            np.testing.assert_array_equal(batch.scores.negatives, expected)
+            assert len(expected) == batch.negatives.num_texts
+
+
+def test_they_are_not_looked_at_without_a_need(tmp_path, tokenizer):
+    source = write(tmp_path, map(numbered, range(100)))
+    source = source._replace(fields={"scores": "none", "grade": "none"})
+    (batch,) = stream(source, tokenizer).batches(0, 1)
+    assert batch.scores is batch.labels is None

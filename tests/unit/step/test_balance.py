@@ -5,7 +5,7 @@ import pytest
 from dist import run_ranks
 from numerics.reference import random_texts
 
-from largebatch.batch import Texts
+from largebatch.batch import Scores, Texts
 from largebatch.parallel.collectives import Collectives
 from largebatch.step import balance
 from largebatch.step.balance import WORTHWHILE, Pairs, exchange_pairs, new_owners
@@ -71,7 +71,7 @@ SIZES = {"even": ([6, 6, 6], [2, 2, 2]), "uneven": ([11, 1, 0], [0, 3, 0])}
 LONGEST = (30, 4, 12)
 
 
-def pairs_of(rank, layout, *, with_ids=True, with_counts=False):
+def pairs_of(rank, layout, *, with_ids=True, with_counts=False, with_numbers=False):
     pairs, negatives = (numbers[rank] for numbers in SIZES[layout])
     if with_counts:  # of a rank without a pair no negative can be anyone's own
         negatives = pairs
@@ -84,7 +84,13 @@ def pairs_of(rank, layout, *, with_ids=True, with_counts=False):
         owners = np.arange(negatives) % 3 % max(pairs, 1)
         counts = np.bincount(owners, minlength=pairs)
     ids = np.arange(pairs) + 100 * rank - 2**62 if with_ids else None
-    return Pairs(queries, documents, others, counts, ids)
+    labels = scores = None
+    if with_numbers:  # with fractions, and as large and as small as they come
+        generator = np.random.default_rng(rank)
+        labels = generator.normal(size=pairs) * 10.0 ** generator.integers(-300, 300, pairs)
+    if with_numbers and with_counts:
+        scores = Scores(generator.normal(size=pairs), generator.normal(size=negatives))
+    return Pairs(queries, documents, others, counts, ids, labels, scores)
 
 
 def listed(pairs):
@@ -97,15 +103,23 @@ def listed(pairs):
     ]
     ids = [None] * len(sides[0]) if pairs.id_hashes is None else pairs.id_hashes.tolist()
     own = [()] * len(sides[0])
+    numbers = [[None]] * len(own) if pairs.labels is None else pairs.labels[:, None].tolist()
     if pairs.negative_counts is not None:
         bounds = np.cumsum(pairs.negative_counts)
         assert (bounds[-1] if len(bounds) else 0) == len(sides[2])
-        own = [
-            tuple(sides[2][end - count : end])
+        slices = [
+            slice(end - count, end)
             for end, count in zip(bounds, pairs.negative_counts, strict=True)
         ]
+        own = [tuple(sides[2][at]) for at in slices]
+        if pairs.scores is not None:
+            numbers = [
+                [*before, score, *pairs.scores.negatives[at].tolist()]
+                for before, score, at in zip(numbers, pairs.scores.documents, slices, strict=True)
+            ]
         sides[2] = []
-    return list(zip(sides[0], sides[1], ids, own, strict=True)), sides[2]
+    numbers = [tuple(map(str, one)) for one in numbers]
+    return list(zip(sides[0], sides[1], ids, own, numbers, strict=True)), sides[2]
 
 
 def exchange(layout, knowledge):
@@ -117,8 +131,11 @@ def exchange(layout, knowledge):
 @pytest.mark.parametrize("layout", SIZES)
 @pytest.mark.parametrize("with_ids", [True, False])
 @pytest.mark.parametrize("with_counts", [True, False])
-def test_every_pair_and_negative_arrives_once_and_whole(layout, with_ids, with_counts):
-    knowledge = {"with_ids": with_ids, "with_counts": with_counts}
+@pytest.mark.parametrize("with_numbers", [True, False])
+def test_every_pair_and_negative_arrives_once_and_whole(
+    layout, with_ids, with_counts, with_numbers
+):
+    knowledge = {"with_ids": with_ids, "with_counts": with_counts, "with_numbers": with_numbers}
     found = run_ranks(exchange, 3, layout, knowledge)
     given = [listed(pairs_of(rank, layout, **knowledge)) for rank in range(3)]
     for side in range(2):
@@ -133,7 +150,7 @@ def test_every_pair_and_negative_arrives_once_and_whole(layout, with_ids, with_c
     assert pairs_of(0, layout, **knowledge).tokens.sum() > 1.4 * mean
     assert [dtype for *_, dtype in found] == [np.int32] * 3
     if with_counts:
-        assert {0} < {len(own) for pairs, _ in given for *_, own in pairs} != {0, 1}
+        assert {0} < {len(own) for pairs, _ in given for *_, own, _ in pairs} != {0, 1}
     # They really moved.
     assert [parts for parts, *_ in found] != given
 
@@ -170,7 +187,7 @@ def different_knowledge(what):
     exchange_pairs(pairs_of(0, "even", **knowledge), collectives)
 
 
-@pytest.mark.parametrize("what", ["with_ids", "with_counts"])
+@pytest.mark.parametrize("what", ["with_ids", "with_counts", "with_numbers"])
 def test_ranks_must_know_alike(what):
     with pytest.raises(AssertionError, match="ranks know different things"):
         run_ranks(different_knowledge, 2, what)
