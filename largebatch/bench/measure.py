@@ -92,6 +92,7 @@ class _Case:
         self.plan = plan
         self.device = device
         self.collectives = collectives
+        self.objective = build_objective(config)
         feed = Feed(config, work / "feed", collectives.world, first_step=0)
         torch.manual_seed(config.seed)
         # Another case has trained the tokenizer already. Weights change nothing in the time.
@@ -103,11 +104,11 @@ class _Case:
             resumes=collectives.on_main(lambda: made),
             sources=feed.sources,
             shares=feed.schedule.shares(0),
+            marks_words=self.objective.marks_words,
         )
         self.encoder.to(device).train()
         self.forward_flops = count_forward(self.encoder)
         self.shapes = linear_shapes(self.encoder)
-        self.objective = build_objective(config)
         self.strategy, self.engine = build_step(
             config, self.encoder, self.objective, collectives, device
         )

@@ -4,13 +4,20 @@ import importlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from largebatch.config import CurriculumConfig, TextConfig, TrainConfig, longer_than
+from largebatch.config import (
+    CurriculumConfig,
+    ObjectiveConfig,
+    TemperatureConfig,
+    TextConfig,
+    TrainConfig,
+    longer_than,
+)
 from largebatch.data.source import Source
 from largebatch.data.stream import TextChange, sample_texts
 from largebatch.data.text import TextSettings, train_tokenizer
@@ -24,7 +31,7 @@ from largebatch.parallel.make import make_strategy
 from largebatch.parallel.strategy import ENCODER, Strategy
 from largebatch.shards.find import resolve_source
 from largebatch.step.make import make_step
-from largebatch.step.objective import Objective, Step
+from largebatch.step.objective import Objective, Step, TokenObjective
 from largebatch.stores.retries import Retries
 
 TOKENIZER_RECORDS = 100_000
@@ -109,7 +116,8 @@ def build_objective(config: TrainConfig) -> Objective:
     """
     module = importlib.import_module(f"largebatch.objectives.{config.objective.name}")
     objective: Objective = module.build(config)
-    faults = [
+    faults = _without_effect(config) if isinstance(objective, TokenObjective) else []
+    faults += [
         f"data.sources.{name}.loss.{option} is nothing that objective.name="
         f"{config.objective.name} knows; leave it out"
         for name, source in config.data.sources.items()
@@ -121,12 +129,41 @@ def build_objective(config: TrainConfig) -> Objective:
     return objective
 
 
+def _without_effect(config: TrainConfig) -> list[str]:
+    """Return which options are set that mean nothing to an objective of tokens."""
+    name = config.objective.name
+    given, default = vars(config.objective), vars(ObjectiveConfig())
+    options = [
+        ("objective", option, given[option])
+        for option, value in default.items()
+        if option != "name" and not is_dataclass(value) and given[option] != value
+    ]
+    temperature = vars(TemperatureConfig())
+    options += [
+        ("temperature", option, value)
+        for option, value in vars(config.temperature).items()
+        if value != temperature[option]
+    ]
+    options += [
+        (f"data.sources.{source}", "mask_same_id", True)
+        for source, one in config.data.sources.items()
+        if one.mask_same_id
+    ]
+    return [
+        f"{place}.{option}={value} is for objectives that compare embeddings, and "
+        f"objective.name={name} predicts tokens; leave it out"
+        for place, option, value in options
+    ]
+
+
 def build_step(
     config: TrainConfig,
     encoder: Encoder,
     objective: Objective,
     collectives: Collectives,
     device: torch.device,
+    *,
+    resumes: bool = False,
 ) -> tuple[Strategy, Step]:
     """Spread an encoder and an objective over the ranks; called by all ranks.
 
@@ -136,10 +173,12 @@ def build_step(
         objective: What `build_objective` gave; it goes to the device here.
         collectives: How ranks reach each other.
         device: Of this rank.
+        resumes: Whether all weights will come from a checkpoint.
 
     Raises:
         UserError: The strategy can't run here, or options don't fit together.
     """
+    objective.attach(encoder, weights=None if resumes else config.backbone.path)
     objective.to(device)
     strategy = make_strategy(
         config.strategy,
@@ -171,10 +210,12 @@ def build_encoder(
     resumes: bool,
     sources: Sequence[Source],
     shares: Sequence[float],
+    marks_words: bool = False,
 ) -> Encoder:
     """Return the encoder, untrained if its weights come from a checkpoint; called by all ranks.
 
-    A tokenizer that is trained here sees the sources by their shares.
+    A tokenizer that is trained here sees the sources by their shares; `marks_words` is whether its
+    tokens tell where words begin.
     `folder` keeps its architecture and tokenizer, so that resuming and exporting need neither the
     hub nor the folder that the run started from.
 
@@ -209,7 +250,7 @@ def build_encoder(
         _save_settings(
             Encoder.from_scratch(
                 backbone.model_type,
-                _tokenizer(config, sources, shares),
+                _tokenizer(config, sources, shares, marks_words=marks_words),
                 config=backbone.config,
                 attention=backbone.attention,
                 **{name: value for name, value in given.items() if value is not None},
@@ -233,7 +274,9 @@ def in_force(config: TrainConfig, encoder: Encoder) -> TrainConfig:
     return replace(config, pooling=pooling, text=TextConfig(**text))
 
 
-def _tokenizer(config: TrainConfig, sources: Sequence[Source], shares: Sequence[float]) -> Any:
+def _tokenizer(
+    config: TrainConfig, sources: Sequence[Source], shares: Sequence[float], *, marks_words: bool
+) -> Any:
     if config.backbone.tokenizer is not None:
         return load_tokenizer(config.backbone.tokenizer)
     texts = sample_texts(
@@ -243,7 +286,9 @@ def _tokenizer(config: TrainConfig, sources: Sequence[Source], shares: Sequence[
         skip_faults=config.data.on_fault == "skip",
     )
     with _parallel_tokenizers():
-        return train_tokenizer(texts, vocab_size=config.backbone.vocab_size)
+        return train_tokenizer(
+            texts, vocab_size=config.backbone.vocab_size, marks_words=marks_words
+        )
 
 
 @contextmanager
