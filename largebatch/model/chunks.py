@@ -29,7 +29,7 @@ class TokenChunk(NamedTuple):
     """By name, int64 `[p]`: which of the chunk's tokens, rows one after another, have a target. The
     host knows them, so that nobody must ask the device."""
     lengths: IntArray
-    """`[n]` tokens of each text, on the host, longest first."""
+    """`[n]` tokens of each text, on the host, longest first; 0 for one that counts for nothing."""
 
     @property
     def num_texts(self) -> int:

@@ -191,7 +191,7 @@ class RetroMae(MaskedTokens):
         device, weight_VE = states_TH.device, word_embeddings(encoder).weight
         with as_encoder_computes(encoder):
             states_TE = self.head(states_TH).to(states_TH.dtype)
-        losses = []
+        losses = [states_TE.new_zeros(())]
         lengths = chunk.lengths[chunk.lengths > 0].astype(np.int64)
         for block in cut_blocks(lengths, most=LOGITS_AT_ONCE // len(weight_VE), squared=False):
             tokens_mL = to_device(block.tokens_ml, device)

@@ -209,8 +209,8 @@ class TokenStep:
         )
 
     def _filler(self, task: TokenTask) -> TokenChunk:
-        """Return a chunk of one token, of which nothing is predicted."""
+        """Return a chunk of one token that counts for nothing."""
         text = Texts.from_lists([[self.encoder.pad_id]])
         ignored = {name: np.array([IGNORED], np.int32) for name in task.targets}
         (chunk,) = self.encoder.make_token_chunks(text, ignored, 1)
-        return chunk
+        return chunk._replace(lengths=np.zeros_like(chunk.lengths))

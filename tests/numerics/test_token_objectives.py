@@ -45,7 +45,6 @@ TEXTS = [*QUERIES, *DOCUMENTS]
 def made(kind, *, dtype=torch.float64, packing="off", **options):
     """Return an encoder and an objective, the same on every rank."""
     encoder = tiny_encoder(dtype=dtype, packing=packing, pooling="cls")
-    # The tiny tokenizer's tokens have no marks; every third one goes on with a word here.
     torch.manual_seed(1)
     if kind == "mlm":
         objective = MaskedLanguageModel(MlmConfig(whole_words=False, **options), seed=4)
@@ -54,11 +53,12 @@ def made(kind, *, dtype=torch.float64, packing="off", **options):
         config = RetroMaeConfig(whole_words=False, decoder_masks=5, **of_kind, **options)
         objective = RetroMae(config, seed=4)
     objective.attach(encoder, weights=None)
+    # The tiny tokenizer's tokens have no marks; every third one goes on with a word here.
     begins = np.arange(len(objective.words.special_v)) % 3 > 0
     objective.words = objective.words._replace(begins_v=begins)
     with torch.no_grad():
         for parameter in objective.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter += 0.1 * torch.randn(parameter.shape).to(parameter)
     return encoder, objective
 
 
