@@ -178,11 +178,14 @@ class RetroDecoder(nn.Module):
                 (self.value, seen_TH),
             )
         )
-        found = [
+        # In a chunk without a text the graph reaches both streams too: ranks that share out weights
+        # must go through the same modules backward.
+        found = [(queries_Thd + keys_Thd + values_Thd)[:0].flatten(1)]
+        found += [
             self._attend(queries_Thd, keys_Thd, values_Thd, block, visible_mLL)
             for block, visible_mLL in blocks
         ]
-        found_TH = torch.cat(found) if found else asking_TH[:0]
+        found_TH = torch.cat(found)
         asking_pH = asking_TH[predicted_p]
         attended_pH = self.dropout(self.attended(found_TH[predicted_p]))
         states_pH = self.attended_norm(attended_pH + asking_pH)
