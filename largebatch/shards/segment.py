@@ -45,12 +45,14 @@ class SegmentRecords(ABC):
         source: str,
         shard_name: str,
         max_chars: int | None,
+        texts: bool = False,
     ) -> None:
         self.url = url
         self.fields = dict(fields)
         self.source = source
         self.max_chars = max_chars
         self.shard_name = shard_name
+        self.texts = texts
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -73,6 +75,7 @@ class SegmentRecords(ABC):
                 fields=self.fields,
                 source=self.source,
                 default_id=self._default_id(number),
+                texts=self.texts,
             )
             self._check(record)
         except DataError as error:
@@ -96,8 +99,9 @@ class SegmentRecords(ABC):
 
     def _check(self, record: Record) -> None:
         query, document, most = record.query, record.document, self.max_chars
-        if is_blank(query) or is_blank(document):
-            side = "query" if is_blank(query) else "document"
+        lacks_query = is_blank(query) and not self.texts
+        if lacks_query or is_blank(document):
+            side = "query" if lacks_query else "text" if self.texts else "document"
             raise DataError(f"record {record.id!r} has an empty {side}", kind="empty")
         if most is None or (len(query) <= most and len(document) <= most and not record.negatives):
             return
@@ -230,12 +234,13 @@ def read_segment(
     source: str,
     shard_name: str | None = None,
     max_chars: int | None = None,
+    texts: bool = False,
     retries: Retries = DEFAULT_RETRIES,
 ) -> SegmentRecords:
     """Read one segment of the shard at `url`, by byte range, without decoding its records.
 
-    `fields` and `source` are as in `record_from_mapping`. A record without an id gets `FILE:KEY`,
-    and in a packed member `FILE:KEY:LINE`; FILE is `shard_name`, where that is given.
+    `fields`, `source` and `texts` are as in `record_from_mapping`. A record without an id gets
+    `FILE:KEY`, and in a packed member `FILE:KEY:LINE`; FILE is `shard_name`, where that is given.
 
     Raises DataError, naming the shard, the bytes and as far as possible the member, if the segment
     as a whole can't be used: it can't be read, is not what was indexed, or holds something that
@@ -266,6 +271,7 @@ def read_segment(
         "source": source,
         "shard_name": shard_name or url.rpartition("/")[2],
         "max_chars": max_chars,
+        "texts": texts,
     }
     if segment.crc32 >= 0 and (crc32 := zlib.crc32(data)) != segment.crc32:
         detail = _first_fault(url, segment, data, options)

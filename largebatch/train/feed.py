@@ -57,17 +57,25 @@ class Feed:
         """Rows of all ranks that were skipped so far."""
 
     def check_fields(self, fields: Collection[str]) -> None:
-        """Check that the sources' records have what the objective needs beside the pair.
+        """Check that the sources' records have what the objective needs.
 
         Raises:
             UserError: A source lacks it.
         """
+        name = self.config.objective.name
+        for source, is_drawn in zip(self.sources, self.schedule.is_drawn, strict=True):
+            if "query" in fields and is_drawn and source.holds_texts:
+                raise UserError(
+                    f"data.sources.{source.name}: objective.name={name} needs queries, and its "
+                    "shards hold texts without them; name shards of pairs, or use objective=mlm "
+                    "or objective=retromae"
+                )
         if "negatives" not in fields:
             return
         for source, is_drawn in zip(self.sources, self.schedule.is_drawn, strict=True):
             if is_drawn and not self._has_negatives(source):
                 raise UserError(
-                    f"data.sources.{source.name}: objective.name={self.config.objective.name} "
+                    f"data.sources.{source.name}: objective.name={name} "
                     "needs negatives, and the records have none, or data.sources."
                     f"{source.name}.max_negatives=0 leaves them out"
                 )
