@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 HIDDEN, LAYERS, LENGTH, VOCABULARY = 128, 2, 64, 8000
 
@@ -36,14 +37,14 @@ def main() -> None:
         print(f"| {name} | {tokens / seconds:,.0f} | {seconds:.2f} |", flush=True)
 
 
-def timed(step) -> float:
+def timed(step: Callable[[], object]) -> float:
     """Return the seconds of a call."""
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
 
 
-def ways(num_texts: int, tokens_per_chunk: int):
+def ways(num_texts: int, tokens_per_chunk: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield each way's name and one step of it."""
     import numpy as np
     import torch
