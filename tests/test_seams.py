@@ -6,6 +6,7 @@ under ddp, fsdp and ZeRO-2, resumes, and is exported.
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,7 +127,7 @@ class PairwiseSigmoid(EmbeddingObjective):
 class MaskedTokens(TokenObjective):
     """MLM: every third token of a text is replaced, and is to be found."""
 
-    metric_names = ("found",)
+    terms: Mapping = {"tokens": ("found",)}
 
     def __init__(self, hidden_width, vocab_size):
         super().__init__()
@@ -138,13 +139,14 @@ class MaskedTokens(TokenObjective):
         chosen = (places + step) % 3 == 0
         targets = np.where(chosen, texts.tokens, IGNORED).astype(np.int32)
         hidden = np.where(chosen, encoder.pad_id + 1, texts.tokens).astype(np.int32)
-        return TokenTask(Texts(hidden, texts.lengths), {"tokens": targets}, int(chosen.sum()))
+        predicted = {"tokens": int(chosen.sum())}
+        return TokenTask(Texts(hidden, texts.lengths), {"tokens": targets}, predicted)
 
     def chunk_sums(self, encoder, chunk):
         logits = self.head(encoder.hidden_states(chunk.chunk)).flatten(0, 1)
         targets = chunk.targets["tokens"].flatten()
         loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-        return TokenSums(loss, {"found": (logits.argmax(1) == targets).sum()})
+        return {"tokens": TokenSums(loss, {"found": (logits.argmax(1) == targets).sum()})}
 
 
 class ProjectedMean(Mean):

@@ -111,6 +111,7 @@ class _Case:
             resumes=collectives.on_main(lambda: made),
             sources=feed.sources,
             shares=feed.schedule.shares(0),
+            marks_words=self.objective.marks_words,
         )
         self.encoder.to(device).train()
         self.forward_flops = count_forward(self.encoder)

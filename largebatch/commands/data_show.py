@@ -172,8 +172,9 @@ def _describe(row: ShownRow) -> list[Text]:
     ]
     if row.skipped:
         lines.append(Text(f"  HOLE ({row.skipped.kind}): {printable(row.skipped.reason)}", "red"))
-    if row.query and row.document:
-        lines += _show_text("query", row.query) + _show_text("document", row.document)
+    if row.document:
+        lines += [] if row.query is None else _show_text("query", row.query)
+        lines += _show_text("document" if row.query else "text", row.document)
     for number, negative in enumerate(row.negatives, start=1):
         lines += _show_text(f"negative {number}", negative)
     return lines

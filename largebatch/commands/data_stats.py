@@ -192,6 +192,7 @@ def _print(
         for record in source["examples"]:
             console.print(f"\n{name}/{printable(record['id'])}", style="bold")
             texts = [("query", record["query"]), ("document", record["document"])]
+            texts = texts if record["query"] else [("text", record["document"])]
             texts += [("negative", text) for text in record["negatives"][:2]]
             for side, text in texts:
                 console.print(f"  {side:<9} {_shorten(text)}")

@@ -25,7 +25,11 @@ def run(config: IndexConfig) -> None:
     console.print(f"indexing    {len(paths):,} shards, {total / 1e6:,.1f} MB, in {folder}")
     with byte_progress("reading shards", total) as on_bytes:
         index = build_index(
-            paths, workers=config.workers, on_bytes=on_bytes, on_fault=console.print
+            paths,
+            texts=config.texts,
+            workers=config.workers,
+            on_bytes=on_bytes,
+            on_fault=console.print,
         )
     num_segments = sum(len(shard.segments) for shard in index.shards)
     console.print(

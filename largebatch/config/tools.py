@@ -68,6 +68,13 @@ class ShardConfig:
     """Which rows are positive pairs, by their label or score, as {label: 1}, {label: entailment}
     or {score: '>=0.8'}; the others are dropped and counted. Unset: all, and one whose label or
     score is no yes (1, true, ...) ends the command."""
+    texts: bool = False
+    """Whether rows are texts without queries, for objectives that need none (mlm, retromae). The
+    field of the text is recognized, or fields.document names it; a .txt file has a text a line."""
+    piece_words: int = 180
+    """texts=true only: a text with more words is cut into pieces of about the same length, each a
+    record, so that none of it is lost where training cuts at text.document_max_tokens (180 English
+    words are some 250 tokens). 0: texts stay whole."""
     records_per_shard: int = 10_000
     """Records in one tar file."""
     layout: str = "packed"
@@ -99,11 +106,31 @@ class ShardConfig:
                 least_of(value)
             except ValueError:
                 faults.found.append(f"positives.{name}={value!r} must end with a number after >=")
+        self._check_texts(faults)
         faults.at_least("records_per_shard", self.records_per_shard, 1)
         faults.one_of("layout", self.layout, LAYOUTS)
         faults.at_least("min_chars", self.min_chars, 1)
         faults.at_least("max_chars", self.max_chars, self.min_chars)
         faults.finish()
+
+    def _check_texts(self, faults: Faults) -> None:
+        faults.at_least("piece_words", self.piece_words, 0)
+        if not self.texts:
+            faults.check(
+                self.piece_words == ShardConfig.piece_words,
+                f"piece_words={self.piece_words} is for texts=true; leave it out, or set that",
+            )
+            return
+        faults.check(
+            not self.positives,
+            "positives says which pairs are positive ones, and texts=true has no pairs; leave out "
+            "one of them",
+        )
+        for role in ("query", "negatives", "grade"):
+            faults.check(
+                role not in self.fields,
+                f"fields.{role} means nothing with texts=true; fields.document names the text",
+            )
 
 
 @dataclass(kw_only=True)
@@ -113,6 +140,8 @@ class IndexConfig:
     shards: list[str] = field(default_factory=list)
     """A folder with tar files, or tar files (braces and globs allowed), all in one folder, which
     gets index.json."""
+    texts: bool = False
+    """Whether the records are texts without queries; see `shard`."""
     workers: int = 0
     """Processes that read shards. 0: one per core."""
     overwrite: bool = False

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,11 @@ EMPTY, TOO_SHORT, TOO_LONG, DUPLICATE, NO_POSITIVE = REASONS = (
 
 # Names that a reader of our shards would take for a part of the pair.
 _RESERVED = re.compile(rf"query|document|source|id|scores|(?:{'|'.join(NEGATIVES)})(?:_\d+)?")
+
+
+# A character that is a word by itself (Chinese, Japanese), or a run of others without white space.
+_IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(f"[{_IDEOGRAPH}]|[^\\s{_IDEOGRAPH}]+")
 
 
 class Counts(NamedTuple):
@@ -99,11 +105,14 @@ def convert(
     unread: dict[str, None] = {}
     rows = ignored_positives = 0
     with ShardWriter(
-        folder, records_per_shard=config.records_per_shard, layout=config.layout
+        folder,
+        records_per_shard=config.records_per_shard,
+        layout=config.layout,
+        texts=config.texts,
     ) as writer:
         for source in inputs:
             default_source = config.source or source.name
-            needed = partial(_needed_among, fields=fields, where=source.path)
+            needed = partial(_needed_among, fields=fields, where=source.path, texts=config.texts)
             for row in read_rows(
                 source,
                 split=config.split,
@@ -122,22 +131,25 @@ def convert(
                     source=config.source,
                     default_id=f"{default_source}-{rows}",
                     where=row.where,
+                    texts=config.texts,
                 )
-                if reason := _reason_to_drop(record, config, seen):
-                    writer.dropped[reason] += 1
-                    continue
-                names = field_names(row.fields, fields=fields, where=row.where)
-                positives = texts_of(
-                    row.fields[names.document], field=names.document, where=row.where
-                )
-                ignored_positives += sum(not is_blank(text) for text in positives) - 1
+                names = field_names(row.fields, fields=fields, where=row.where, texts=config.texts)
                 kept_source = record.source or default_source
-                extra = extra_fields(row, names, record, uses_source=record.source != config.source)
-                try:
-                    writer.write(record._replace(source=kept_source), extra)
-                except UnfitRecordError as error:  # other records may have its id too
-                    raise UserError(f"{row.where}: {error}") from None
-                ids.add(record.id)
+                uses_source = record.source != config.source
+                extra = extra_fields(row, names, record, uses_source=uses_source)
+                for piece in pieces_of(record, config.piece_words) if config.texts else [record]:
+                    if reason := _reason_to_drop(piece, config, seen):
+                        writer.dropped[reason] += 1
+                        continue
+                    positives = texts_of(
+                        row.fields[names.document], field=names.document, where=row.where
+                    )
+                    ignored_positives += sum(not is_blank(text) for text in positives) - 1
+                    try:
+                        writer.write(piece._replace(source=kept_source), extra)
+                    except UnfitRecordError as error:  # other records may have its id too
+                        raise UserError(f"{row.where}: {error}") from None
+                    ids.add(piece.id)
         dropped = {reason: writer.dropped[reason] for reason in REASONS}
         if not writer.num_records:
             raise UserError(
@@ -158,14 +170,38 @@ def convert(
     )
 
 
+def pieces_of(record: Record, piece_words: int) -> list[Record]:
+    """Cut a text at its white space into pieces of up to so many words (0: not at all).
+
+    All have about as many words. A Chinese or Japanese character counts as a word. Pieces are told
+    apart by a number behind the id.
+
+    >>> [piece.document for piece in pieces_of(Record("", "a b  c d e", [], "s", "1"), 2)]
+    ['a', 'b  c', 'd e']
+    """
+    words = list(_WORD.finditer(record.document)) if piece_words else []
+    count = -(-len(words) // piece_words) if words else 1
+    if count == 1:
+        return [record]
+    ends = [len(words) * number // count for number in range(count + 1)]
+    return [
+        record._replace(
+            document=record.document[words[begin].start() : words[end - 1].end()],
+            id=f"{record.id}#{number}",
+        )
+        for number, (begin, end) in enumerate(pairwise(ends), start=1)
+    ]
+
+
 def _needed_among(
-    names: Sequence[str], *, fields: Mapping[str, str], where: str
+    names: Sequence[str], *, fields: Mapping[str, str], where: str, texts: bool
 ) -> tuple[str, ...]:
-    """Return which of an input's fields hold pairs' texts, and their grades and numbers."""
-    found = field_names(dict.fromkeys(names), fields=fields, where=where)
+    """Return which of an input's fields hold records' texts, and their grades and numbers."""
+    found = field_names(dict.fromkeys(names), fields=fields, where=where, texts=texts)
+    query = () if found.query is None else (found.query,)
     label = () if found.label is None else (found.label,)
     scores = found.scores if SCORES in fields else ()
-    return (found.query, found.document, *found.negatives, *found.grades, *label, *scores)
+    return (*query, found.document, *found.negatives, *found.grades, *label, *scores)
 
 
 def _is_positive(row: Row, positives: Mapping[str, str]) -> bool:
@@ -196,7 +232,9 @@ def _is_positive(row: Row, positives: Mapping[str, str]) -> bool:
 
 def _reason_to_drop(record: Record, config: ShardConfig, seen: set[bytes]) -> str | None:
     query, document = record.query, record.document
-    shortest = min(len(query.strip(BLANKS)), len(document.strip(BLANKS)))
+    shortest = len(document.strip(BLANKS))
+    if not config.texts:
+        shortest = min(shortest, len(query.strip(BLANKS)))
     if shortest == 0:
         return EMPTY
     if shortest < config.min_chars:

@@ -16,6 +16,7 @@ from largebatch.data.tables import (
     batch_rows,
     ignore,
     none_needed,
+    numbered_lines,
     read_file,
     readable_columns,
     split_ending,
@@ -32,17 +33,19 @@ class Input(NamedTuple):
     path: str
     """The file or folder, or `hf:NAME` or `hf:NAME:CONFIG`."""
     kind: str
-    """jsonl, json, csv, tsv, parquet, beir (a folder in BEIR layout) or datasets."""
+    """jsonl, json, csv, tsv, parquet, txt, beir (a folder in BEIR layout) or datasets."""
     num_bytes: int | None
     """Size of a file; None for folders and data sets of the hub."""
 
 
-def find_inputs(patterns: Sequence[str]) -> list[Input]:
+def find_inputs(patterns: Sequence[str], *, texts: bool = False) -> list[Input]:
     """Find the inputs that `patterns` name: files (globs allowed), folders, `hf:NAME`; in order.
+
+    `texts` is whether their rows are texts without queries: a .txt file has one a line.
 
     Raises UserError if one matches nothing or is of an unknown kind.
     """
-    return [_input(path) for pattern in patterns for path in expand(pattern)]
+    return [_input(path, texts=texts) for pattern in patterns for path in expand(pattern)]
 
 
 def expand(pattern: str) -> list[str]:
@@ -77,10 +80,16 @@ def read_rows(
         return _beir_rows(source.path, split)
     if source.kind == "datasets":
         return _dataset_rows(source.path, split, needed, on_unread)
+    if source.kind == "txt":
+        return (
+            Row(f"{source.path}, line {number}", {"text": line})
+            for number, line in numbered_lines(source.path, on_bytes)
+            if line.strip()
+        )
     return read_file(source.path, on_bytes=on_bytes, needed=needed, on_unread=on_unread)
 
 
-def _input(named: str) -> Input:
+def _input(named: str, *, texts: bool) -> Input:
     if named.startswith("hf:"):
         if named == "hf:":
             raise UserError("input hf: needs a name, for example hf:sentence-transformers/gooaq")
@@ -94,8 +103,14 @@ def _input(named: str) -> Input:
                 "`dedup`; name the files that they were made of"
             )
         is_beir = any((path / f"corpus.jsonl{ending}").exists() for ending in ("", ".gz", ".zst"))
+        if is_beir and texts:
+            raise UserError(
+                f"input {path} is a folder in BEIR layout; with texts=true name its corpus.jsonl"
+            )
         return Input(name, str(path), "beir" if is_beir else "datasets", None)
     name, ending = split_ending(path)
+    if texts and ending == ".txt":
+        return Input(name, str(path), "txt", path.stat().st_size)
     if ending not in KINDS:
         raise UserError(f"input {path} is of an unknown kind; known are {', '.join(KNOWN)}")
     return Input(name, str(path), KINDS[ending], path.stat().st_size)

@@ -48,7 +48,8 @@ class SourceSample(NamedTuple):
     tokens: Lengths | None
     """Tokens of each before it is cut, special ones included; None without a tokenizer."""
     keys: dict[str, npt.NDArray[np.uint64]]
-    """`[num_usable]` hashes of the pair, the query and the document of each record."""
+    """`[num_usable]` hashes of the pair, the query and the document of each record; fewer queries,
+    where records are texts without one."""
     examples: list[Record]
     """A few records from all over the sample."""
     repeated_ids: RepeatedIds = RepeatedIds()
@@ -161,7 +162,8 @@ def sample_source(
                 tokens[side].extend(count_tokens(tokenizer, texts[side]))
         for record in records:
             keys["pair"].append(_hash(record.query, record.document))
-            keys["query"].append(_hash(record.query))
+            if record.query:
+                keys["query"].append(_hash(record.query))
             keys["document"].append(_hash(record.document))
             ids.add(record.id)
             num_with_negatives += bool(record.negatives[: source.max_negatives])
@@ -269,7 +271,7 @@ def _texts(
 ) -> Mapping[str, list[str]]:
     query_prompt, document_prompt = source.prompts(text)
     return {
-        "query": [query_prompt + record.query for record in records],
+        "query": [query_prompt + record.query for record in records if record.query],
         "document": [document_prompt + record.document for record in records],
         "negative": [
             document_prompt + negative

@@ -51,7 +51,7 @@ class ShownRow(NamedTuple):
     id: str
     """Of the record; empty where there is none."""
     query: ShownText | None
-    """The query; None where the record can't be used, as the document."""
+    """The query; None where the record has none, or can't be used, as the document."""
     document: ShownText | None
     """The document."""
     negatives: list[ShownText]
@@ -102,7 +102,7 @@ def read_batch(
                 segment=segment,
                 record=int(places.offsets[row]),
                 id=item.id if isinstance(item, Record) else "",
-                query=texts[0] if texts else None,
+                query=texts[0] if texts and texts[0].text else None,
                 document=texts[1] if texts else None,
                 negatives=texts[2:],
                 skipped=None if isinstance(item, Record) else noted[row] if item is None else item,
@@ -155,7 +155,7 @@ def _show_records(
             source = by_name[record.source]
             query_prompt, document_prompt = source.prompts(text)
             used = source.used_texts(record, text)
-            texts[row] = [ShownText(used.query, len(query_prompt))] + [
+            texts[row] = [ShownText(used.query, len(query_prompt) if used.query else 0)] + [
                 ShownText(document, len(document_prompt))
                 for document in (used.document, *used.negatives)
             ]

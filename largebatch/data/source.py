@@ -59,6 +59,8 @@ class Source(NamedTuple):
     """How often a remote read is tried."""
     shard_names: Sequence[str] = ()
     """What its shards are called in the ids of records without one."""
+    shards_hold_texts: Sequence[bool] = ()
+    """Which of its shards hold texts without queries; empty: none."""
 
     @classmethod
     def of_shards(
@@ -77,6 +79,7 @@ class Source(NamedTuple):
             SegmentTable.concatenate(tables),
             fields,
             shard_names=shard_names(shards),
+            shards_hold_texts=[shard.holds_texts for _, shard in shards],
             **options,
         )
 
@@ -84,6 +87,11 @@ class Source(NamedTuple):
     def segment_sizes(self) -> IndexArray:
         """Return `[S]` records of each segment."""
         return self.segments.num_records
+
+    @property
+    def holds_texts(self) -> bool:
+        """Whether some of its records are texts without queries."""
+        return any(self.shards_hold_texts)
 
     def shard_of(self, number: int) -> str:
         """Return the url of a segment's shard."""
@@ -95,14 +103,16 @@ class Source(NamedTuple):
         Raises:
             DataError: Nothing in it can be used.
         """
+        shard = int(self.shard_of_segment[number])
         return read_segment(
-            self.shard_of(number),
+            self.shards[shard],
             self.segments[number],
             fields=self.fields,
             source=self.name,
-            shard_name=self.shard_names[int(self.shard_of_segment[number])],
+            shard_name=self.shard_names[shard],
             max_chars=self.max_chars,
             needs=self.needs,
+            texts=shard < len(self.shards_hold_texts) and self.shards_hold_texts[shard],
             retries=self.retries,
         )
 
@@ -115,11 +125,14 @@ class Source(NamedTuple):
         )
 
     def used_texts(self, record: Record, text: TextSettings) -> UsedTexts:
-        """Return the texts of a record that a run uses, each with its prompt before it."""
+        """Return the texts of a record that a run uses, each with its prompt before it.
+
+        The query of a text that has none stays empty.
+        """
         query_prompt, document_prompt = self.prompts(text)
         negatives = [document_prompt + one for one in record.negatives[: self.max_negatives]]
         return UsedTexts(
-            query_prompt + record.query,
+            query_prompt + record.query if record.query else "",
             document_prompt + record.document,
             negatives,
             None if record.scores is None else record.scores[: 1 + len(negatives)],

@@ -136,7 +136,7 @@ def sample_texts(
                     break  # the store would be waited for at each of its segments
                 continue
             for record in usable_records(segment, skip_faults=skip_faults):
-                for text in (record.query, record.document, *record.negatives):
+                for text in filter(None, (record.query, record.document, *record.negatives)):
                     # The trainer takes time that is quadratic in a word's length, and words of a
                     # hundred thousand letters occur (encoded data).
                     yield text[:SAMPLED_CHARS]
@@ -218,7 +218,14 @@ class _BatchMaker:
         )
 
     def _tokenize(self, texts: list[str], max_tokens: int) -> tuple[Texts, int]:
-        return tokenize(self.tokenizer, texts, prompt="", max_tokens=max_tokens)
+        """Return the tokens of texts, and how many were cut; an empty text has none."""
+        some = [text for text in texts if text]
+        tokens, num_truncated = tokenize(self.tokenizer, some, prompt="", max_tokens=max_tokens)
+        if len(some) < len(texts):
+            lengths = np.zeros(len(texts), np.int32)
+            lengths[[bool(text) for text in texts]] = tokens.lengths
+            tokens = tokens._replace(lengths=lengths)
+        return tokens, num_truncated
 
 
 class _Failure(NamedTuple):

@@ -121,25 +121,28 @@ def tokenize(
     return Texts.from_lists(token_lists), num_truncated
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, marks_words: bool = False) -> Any:
     """Return a lower-casing tokenizer of byte pairs (BPE), trained on `texts`.
 
     Words are split as BERT does, at white space and punctuation, the underscore included, so that
     the parts of an identifier such as `read_csv` meet the words of its description. BPE and not
     BERT's WordPiece, since the same texts then give the same tokenizer: WordPiece's trainer in
     `tokenizers` numbers the continuing pieces in an order that differs from run to run.
+    `marks_words` is whether pieces that go on with a word are marked by ##, as BERT's are. They are
+    entries of their own then, so a vocabulary of the same size holds fewer different pieces.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    mark: dict[str, Any] = {"continuing_subword_prefix": "##"} if marks_words else {}
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]", **mark))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.train_from_iterator(
         texts,
-        BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False),
+        BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False, **mark),
     )
     cls_id, sep_id = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -25,7 +25,16 @@ class TokenChunk(NamedTuple):
     targets: dict[str, Tensor]
     """By name, int64 in the shape of the chunk's tokens; `IGNORED` where nothing is predicted, and
     in all padding."""
-    num_texts: int
+    places: dict[str, Tensor]
+    """By name, int64 `[p]`: which of the chunk's tokens, rows one after another, have a target. The
+    host knows them, so that nobody must ask the device."""
+    lengths: IntArray
+    """`[n]` tokens of each text, on the host, longest first; 0 for one that counts for nothing."""
+
+    @property
+    def num_texts(self) -> int:
+        """How many texts there are."""
+        return len(self.lengths)
 
 
 def plan_chunks(
@@ -161,8 +170,10 @@ def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def lay_out(values: IntArray, texts: Texts, chunk: Chunk, *, fill: int) -> Tensor:
-    """Return numbers of tokens in the shape of a chunk, int64, on its device.
+def lay_out(
+    values: npt.NDArray[Any], texts: Texts, chunk: Chunk, *, fill: int
+) -> npt.NDArray[np.int64]:
+    """Return numbers of tokens in the shape of a chunk, on the host.
 
     Args:
         values: One for each token of `texts`.
@@ -177,4 +188,4 @@ def lay_out(values: IntArray, texts: Texts, chunk: Chunk, *, fill: int) -> Tenso
         mask = np.repeat(texts.lengths > 0, np.maximum(texts.lengths, 1))[None]
     out = np.full(mask.shape, fill, np.int64)
     out[mask] = values
-    return to_device(out, chunk.input_ids.device)
+    return out

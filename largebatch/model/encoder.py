@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from largebatch.batch import Chunk, IntArray, Texts
+from largebatch.batch import Chunk, Int64Array, IntArray, Texts
 from largebatch.config import PACKINGS
 from largebatch.data.text import TextSettings, lower_texts, pad_token_of, tokenize
 from largebatch.errors import UserError
@@ -72,7 +72,7 @@ from largebatch.model.settings import (
     merged_settings,
     read_settings,
 )
-from largebatch.transfer import wait_for
+from largebatch.transfer import to_device, wait_for
 
 log = logging.getLogger(__name__)
 
@@ -317,7 +317,7 @@ class Encoder(nn.Module):
         return plan, list(chunks)
 
     def make_token_chunks(
-        self, texts: Texts, targets: Mapping[str, IntArray], tokens_per_chunk: int
+        self, texts: Texts, targets: Mapping[str, IntArray | Int64Array], tokens_per_chunk: int
     ) -> list[TokenChunk]:
         """Return chunks as `make_chunks` does, each with what is to be predicted of its tokens.
 
@@ -329,11 +329,22 @@ class Encoder(nn.Module):
         made = []
         for rows, chunk in zip(*self.make_chunks(texts, tokens_per_chunk), strict=True):
             own = texts.take(rows)
+            tokens = texts.token_places(rows)
             laid_out = {
-                name: lay_out(values[texts.token_places(rows)], own, chunk, fill=IGNORED)
+                name: lay_out(values[tokens], own, chunk, fill=IGNORED)
                 for name, values in targets.items()
             }
-            made.append(TokenChunk(chunk, laid_out, len(rows)))
+            made.append(
+                TokenChunk(
+                    chunk,
+                    {name: to_device(grid, self.device) for name, grid in laid_out.items()},
+                    {
+                        name: to_device(np.flatnonzero(grid != IGNORED), self.device)
+                        for name, grid in laid_out.items()
+                    },
+                    own.lengths,
+                )
+            )
         return made
 
     def _cut(self, texts: Texts, tokens_per_chunk: int) -> tuple[list[TextRows], Iterator[Chunk]]:

@@ -218,7 +218,7 @@ class ContrastiveLoss(EmbeddingObjective):
 
     source_options = ("symmetric", "negatives", "in_batch")
     has_temperature = True
-    options = (
+    used_options = (
         "symmetric", "candidates", "repeat_positive", "in_batch", "mask_duplicates", "mask_margin",
         "mask_share", "mask_guide", "mask_guide_tokens_per_chunk", "negatives", "matryoshka_dims",
         "matryoshka_weights", "matryoshka_reduction",
@@ -330,7 +330,7 @@ class ContrastiveLoss(EmbeddingObjective):
         """Return the fields: negatives too where queries are contrasted with nothing else."""
         return self.fields if self._asked(options).in_batch else (*self.fields, "negatives")
 
-    def meet(self, encoder: Encoder) -> None:
+    def attach(self, encoder: Encoder, *, weights: str | None = None) -> None:  # noqa: ARG002
         """Check the widths of Matryoshka, and tell the guide whose tokens it gets."""
         self._has_unit_length = encoder.normalize
         if self.matryoshka is not None:

@@ -89,12 +89,12 @@ class Distillation(EmbeddingObjective):
         self.contrastive_weight = contrastive_weight
         self.has_temperature = kind == "kl" or contrastive_weight > 0
         if contrastive_weight > 0:
-            self.options = contrastive_loss.options
+            self.used_options = contrastive_loss.used_options
             self.source_options = contrastive_loss.source_options
 
-    def meet(self, encoder: Encoder) -> None:
+    def attach(self, encoder: Encoder, *, weights: str | None) -> None:
         """Let the contrastive loss look at the encoder."""
-        self.contrastive.meet(encoder)
+        self.contrastive.attach(encoder, weights=weights)
 
     def fingerprints(self) -> Mapping[str, str]:
         """Return what the contrastive loss has read."""

@@ -48,7 +48,7 @@ class SigmoidLoss(EmbeddingObjective):
         mask_duplicates: Whether false negatives, known by their texts, add nothing: see masks.py.
     """
 
-    options = ("mask_duplicates",)
+    used_options = ("mask_duplicates",)
 
     def __init__(
         self, scale: float = 10.0, bias: float = -10.0, *, mask_duplicates: bool = True

@@ -124,11 +124,16 @@ class Shard(NamedTuple):
     """Checksum of the file, in hexadecimal."""
     segments: SegmentTable
     """All its records, in the order of the file."""
+    holds_texts: bool = False
+    """Whether its records are texts without queries, and no pairs."""
 
 
 def shard_to_json(shard: Shard) -> str:
     """Return a shard's entry in the index, one line."""
-    return json.dumps(shard._asdict() | {"segments": [list(s) for s in shard.segments]})
+    entry = shard._asdict() | {"segments": [list(s) for s in shard.segments]}
+    if not shard.holds_texts:
+        del entry["holds_texts"]
+    return json.dumps(entry)
 
 
 def shard_from_json(entry: Any, *, num_columns: int = len(Segment._fields)) -> Shard:
@@ -139,6 +144,7 @@ def shard_from_json(entry: Any, *, num_columns: int = len(Segment._fields)) -> S
         _count(entry["num_bytes"]),
         str(entry["sha256"]),
         _table(entry["segments"], num_columns),
+        entry.get("holds_texts") is True,
     )
     _check_shard(shard)
     return shard

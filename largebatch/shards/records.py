@@ -42,6 +42,10 @@ A row with a field that grades the pair (`label`, `score`, `is_duplicate`, ...; 
 a record only if that field says yes, or nothing; a list of as many grades as there are positives
 must say so of each. `fields` may name the one field that grades, as
 `grade`; `none` says that none does, so that every row is a positive pair.
+
+Where records are texts without queries, as their index says, the text is the field `text`,
+`content`, `contents`, `document`, `passage` or `body`, the first that is there. No other field
+counts but the id, and none grades.
 """
 
 import decimal
@@ -71,6 +75,7 @@ PAIRS = (
     ("title", "body"),
     ("sentence1", "sentence2"),
 )
+TEXTS = ("text", "content", "contents", "document", "passage", "body")
 NEGATIVES = ("negatives", "negative", "neg", "negative_passages", "neg_doc")
 IDS = ("id", "_id", "query_id", "query-id", "question_id")
 
@@ -102,17 +107,17 @@ MAX_FIELDS = 1000
 
 # Rows of a set have the same fields again and again, so the search is done once per set. Bounded in
 # both ways, for names come from strangers.
-_CACHE: dict[tuple[tuple[str, ...], tuple[tuple[str, str], ...]], "FieldNames"] = {}
+_CACHE: dict[tuple[tuple[str, ...], tuple[tuple[str, str], ...], bool], "FieldNames"] = {}
 _CACHED_SETS, _CACHED_CHARS = 1024, 4096
 
 
 class Record(NamedTuple):
-    """One training pair."""
+    """One training pair, or one text."""
 
     query: str
-    """The query, without a prompt."""
+    """The query, without a prompt; empty for a text that has none."""
     document: str
-    """The document that answers it, without a prompt."""
+    """The document that answers it, without a prompt; or the text."""
     negatives: list[str]
     """Documents that don't answer it; often none."""
     source: str
@@ -128,8 +133,8 @@ class Record(NamedTuple):
 class FieldNames(NamedTuple):
     """Which fields of a row hold what."""
 
-    query: str
-    """Field of the query."""
+    query: str | None
+    """Field of the query; None: records are texts without one."""
     document: str
     """Field of the document."""
     negatives: tuple[str, ...]
@@ -155,6 +160,7 @@ def record_from_mapping(
     source: str,
     default_id: str,
     where: str,
+    texts: bool = False,
 ) -> Record:
     """Turn a decoded row into a record.
 
@@ -162,7 +168,7 @@ def record_from_mapping(
     and grade; the others are recognized (see the top of this file). An empty `source` leaves the
     row's own `source`, where it has one. `default_id` is the id of a row without one. `where`
     begins the message of an error: file and line, or shard and member. A text that is null becomes
-    empty.
+    empty. `texts` is whether rows are texts without queries.
 
     Raises DataError if a field that `fields` names is absent, if no query or document is
     recognized, if a text is no text, a score or label no finite number, if there are not as many
@@ -175,19 +181,27 @@ def record_from_mapping(
     Record(query='a', document='b', negatives=['c'], source='s', id='7', scores=None, label=None)
     """
     try:
-        record = make_record(mapping, fields=fields, source=source, default_id=default_id)
-        _check_unicode(record, _cached_field_names(mapping, fields))
+        record = make_record(
+            mapping, fields=fields, source=source, default_id=default_id, texts=texts
+        )
+        _check_unicode(record, _cached_field_names(mapping, fields, texts))
     except DataError as error:
         raise DataError(f"{where}: {error}", kind=error.kind) from None
     return record
 
 
 def make_record(
-    mapping: Mapping[str, Any], *, fields: Mapping[str, str], source: str, default_id: str
+    mapping: Mapping[str, Any],
+    *,
+    fields: Mapping[str, str],
+    source: str,
+    default_id: str,
+    texts: bool = False,
 ) -> Record:
     """Do the same for texts that are known to be valid Unicode, with errors that name no place."""
-    names = _cached_field_names(mapping, fields)
-    query, document = mapping[names.query], mapping[names.document]
+    names = _cached_field_names(mapping, fields, texts)
+    query = "" if names.query is None else mapping[names.query]
+    document = mapping[names.document]
     for name in names.grades:
         grade = mapping[name]
         # A grade for each of the documents; lists of other lengths grade something else.
@@ -197,7 +211,7 @@ def make_record(
     if query is None:
         query = ""
     elif not isinstance(query, str):
-        raise _not_text(query, names.query)
+        raise _not_text(query, str(names.query))
     documents, place = [document], 0
     if not isinstance(document, str):
         documents = _texts(document, names.document)
@@ -218,10 +232,12 @@ def make_record(
     return Record(query, document, negatives, source, record_id, scores, label)
 
 
-def field_names(mapping: Mapping[str, Any], *, fields: Mapping[str, str], where: str) -> FieldNames:
+def field_names(
+    mapping: Mapping[str, Any], *, fields: Mapping[str, str], where: str, texts: bool = False
+) -> FieldNames:
     """Find which fields of a row hold what; arguments and errors as in `record_from_mapping`."""
     try:
-        return _cached_field_names(mapping, fields)
+        return _cached_field_names(mapping, fields, texts)
     except DataError as error:
         raise DataError(f"{where}: {error}", kind=error.kind) from None
 
@@ -338,8 +354,10 @@ def _num_items(value: Any) -> int:
     return len(value) if isinstance(value, list) else 1
 
 
-def _cached_field_names(mapping: Mapping[str, Any], fields: Mapping[str, str]) -> FieldNames:
-    key = tuple(mapping), tuple(fields.items())
+def _cached_field_names(
+    mapping: Mapping[str, Any], fields: Mapping[str, str], texts: bool
+) -> FieldNames:
+    key = tuple(mapping), tuple(fields.items()), texts
     if (names := _CACHE.get(key)) is None:
         names = _find_field_names(*key)
         if len(_CACHE) < _CACHED_SETS and sum(map(len, key[0])) <= _CACHED_CHARS:
@@ -347,7 +365,9 @@ def _cached_field_names(mapping: Mapping[str, Any], fields: Mapping[str, str]) -
     return names
 
 
-def _find_field_names(present: tuple[str, ...], mapped: tuple[tuple[str, str], ...]) -> FieldNames:
+def _find_field_names(
+    present: tuple[str, ...], mapped: tuple[tuple[str, str], ...], texts: bool
+) -> FieldNames:
     if len(present) > MAX_FIELDS:
         raise _field_error(
             f"it has {len(present):,} fields, and at most {MAX_FIELDS:,} are allowed"
@@ -361,6 +381,8 @@ def _find_field_names(present: tuple[str, ...], mapped: tuple[tuple[str, str], .
                 f"fields.{role}={name!r} is not among its fields, {_listed(present)}"
                 f"{suggest(name, present)}"
             )
+    if texts:
+        return _field_names_of_texts(present, fields)
     query, document = fields.get("query"), fields.get("document")
     free = [name for name in present if name not in (query, document)]
     for query_name, document_name in PAIRS:
@@ -373,6 +395,7 @@ def _find_field_names(present: tuple[str, ...], mapped: tuple[tuple[str, str], .
         query, document = query or query_name, document or document_name
         break
     if query is None or document is None:
+        texts_only = not mapped and any(name in present for name in TEXTS)
         has_query = query is not None or any(name in free for name, _ in PAIRS)
         has_document = document is not None or any(name in free for _, name in PAIRS)
         missing = {
@@ -384,6 +407,11 @@ def _find_field_names(present: tuple[str, ...], mapped: tuple[tuple[str, str], .
         raise _field_error(
             f"{missing} is recognized among its fields, {_listed(present)}; "
             "say which is what, for example 'fields={query: title, document: body}'"
+            + (
+                "; texts without queries need texts=true in `shard` or `index`"
+                if texts_only
+                else ""
+            )
         )
     candidates = (fields["negatives"],) if "negatives" in fields else NEGATIVES
     negatives = [
@@ -451,6 +479,17 @@ def _scores_among(
     )
 
 
+def _field_names_of_texts(present: tuple[str, ...], fields: Mapping[str, str]) -> FieldNames:
+    found = [name for name in (fields.get("document"), *TEXTS) if name in present]
+    if not found:
+        raise _field_error(
+            f"no text is recognized among its fields, {_listed(present)}; say which it is, for "
+            "example 'fields={document: body}'"
+        )
+    ids = [name for name in IDS if name in present and name != found[0]]
+    return FieldNames(None, str(found[0]), (), fields.get("id", ids[0] if ids else None))
+
+
 def _numbered(name: str, present: Sequence[str]) -> list[str]:
     pattern = re.compile(re.escape(name) + r"_(\d+)")
     matches = [match for other in present if (match := pattern.fullmatch(other))]
@@ -487,7 +526,7 @@ def _text(item: Any, field: str) -> str:
 
 def _check_unicode(record: Record, names: FieldNames) -> None:
     # JSON can hold half of a surrogate pair as an escape, which no tokenizer takes.
-    texts = [(names.query, record.query), (names.document, record.document)]
+    texts = [(names.query or "", record.query), (names.document, record.document)]
     texts += [(", ".join(names.negatives), text) for text in record.negatives]
     texts.append((names.id or "id", record.id))
     for field, text in texts:

@@ -73,13 +73,15 @@ def shard_files(urls: Sequence[str]) -> list[Path]:
 def build_index(
     paths: Sequence[Path],
     *,
+    texts: bool = False,
     workers: int = 1,
     on_bytes: OnBytes,
     on_fault: Callable[[str], object],
 ) -> ShardIndex:
     """Index tar files of one folder, each read once from begin to end, and save the index.
 
-    `workers` processes read (0: as many as pay off). What is done is kept in `index.partial.jsonl`
+    `texts` is whether the records are texts without queries. `workers` processes read (0: as many
+    as pay off). What is done is kept in `index.partial.jsonl`
     until the end, so that another run goes on where this one was stopped; a file that has changed
     meanwhile is read again. `on_bytes` is called with the number of bytes that were done since the
     last call.
@@ -113,7 +115,7 @@ def build_index(
             f"{len(faults)} of {len(paths)} shards can't be indexed; they are listed above: "
             "replace them or leave them out, and run this again (it goes on with what is left)"
         )
-    index = ShardIndex(tuple(shards[path] for path in paths))
+    index = ShardIndex(tuple(shards[path]._replace(holds_texts=texts) for path in paths))
     index.save(folder)
     aside.remove()
     return index

@@ -46,6 +46,7 @@ class SegmentRecords(ABC):
         shard_name: str,
         max_chars: int | None,
         needs: Collection[str],
+        texts: bool,
     ) -> None:
         self.url = url
         self.fields = dict(fields)
@@ -53,6 +54,7 @@ class SegmentRecords(ABC):
         self.source = source
         self.max_chars = max_chars
         self.shard_name = shard_name
+        self.texts = texts
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -76,6 +78,7 @@ class SegmentRecords(ABC):
                 fields=self.fields,
                 source=self.source,
                 default_id=self._default_id(number),
+                texts=self.texts,
             )
             self._check(record)
         except DataError as error:
@@ -99,8 +102,9 @@ class SegmentRecords(ABC):
 
     def _check(self, record: Record) -> None:
         query, document, most = record.query, record.document, self.max_chars
-        if is_blank(query) or is_blank(document):
-            side = "query" if is_blank(query) else "document"
+        lacks_query = is_blank(query) and not self.texts
+        if lacks_query or is_blank(document):
+            side = "query" if lacks_query else "text" if self.texts else "document"
             raise DataError(f"record {record.id!r} has an empty {side}", kind="empty")
         for need in self.needs:
             if getattr(record, need) is None:
@@ -241,13 +245,14 @@ def read_segment(
     shard_name: str | None = None,
     max_chars: int | None = None,
     needs: Collection[str] = (),
+    texts: bool = False,
     retries: Retries = DEFAULT_RETRIES,
 ) -> SegmentRecords:
     """Read one segment of the shard at `url`, by byte range, without decoding its records.
 
-    `fields` and `source` are as in `record_from_mapping`. A record without an id gets `FILE:KEY`,
-    and in a packed member `FILE:KEY:LINE`; FILE is `shard_name`, where that is given. `needs` may
-    be `scores` and `label`, without which a record can't be used.
+    `fields`, `source` and `texts` are as in `record_from_mapping`. A record without an id gets
+    `FILE:KEY`, and in a packed member `FILE:KEY:LINE`; FILE is `shard_name`, where that is given.
+    `needs` may be `scores` and `label`, without which a record can't be used.
 
     Raises DataError, naming the shard, the bytes and as far as possible the member, if the segment
     as a whole can't be used: it can't be read, is not what was indexed, or holds something that
@@ -279,6 +284,7 @@ def read_segment(
         "shard_name": shard_name or url.rpartition("/")[2],
         "max_chars": max_chars,
         "needs": needs,
+        "texts": texts,
     }
     if segment.crc32 >= 0 and (crc32 := zlib.crc32(data)) != segment.crc32:
         detail = _first_fault(url, segment, data, options)

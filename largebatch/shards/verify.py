@@ -37,8 +37,9 @@ def verify(
 
     Checks that each shard is there, that its size, checksums, number of records and segments are
     as indexed, that each record decodes (`fields` as in `record_from_mapping`) and has a query
-    and a document, and that no tar file is there that the index doesn't list. Records with the
-    same kind of fault are one problem per shard, which tells their number and the first of them.
+    and a document, or a text where the index says so, and that no tar file is there that the index
+    doesn't list. Records with the same kind of fault are one problem per shard, which tells their
+    number and the first of them.
     `on_note` is called with what is no problem and should be known: that ids repeat.
     `workers` and `on_bytes` are as in `build_index`.
     """
@@ -83,7 +84,9 @@ def _verify_shard(path: Path, shard: Shard, fields: Mapping[str, str], on_bytes:
     counts: Counter[str] = Counter()
     for segment in actual.segments:
         try:
-            records = read_segment(str(path), segment, fields=fields, source="")
+            records = read_segment(
+                str(path), segment, fields=fields, source="", texts=shard.holds_texts
+            )
         except DataError as error:
             return _Found([*problems, str(error)], ids)
         for number in range(len(records)):

@@ -47,19 +47,28 @@ class ShardWriter:
     The files are made aside, in `.partial/`, and take their places when the context ends without
     an error: first the shards of an index that is there go, then the new ones come, and the new
     index last. Until then, and after an error, the folder holds what it held. The same records
-    give the same bytes. `dropped` counts what the caller leaves out, for the index.
+    give the same bytes. `texts` is whether the records are texts without queries. `dropped` counts
+    what the caller leaves out, for the index.
 
     Raises UserError on entry if another process is writing to the folder, or if there are tar
     files of the same kind in it that no index lists; and where a file can't be written, on a full
     disk for example.
     """
 
-    def __init__(self, folder: Path, *, records_per_shard: int, layout: str = "packed") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        records_per_shard: int,
+        layout: str = "packed",
+        texts: bool = False,
+    ) -> None:
         assert records_per_shard >= 1
         assert layout in LAYOUTS
         self.folder = folder
         self.records_per_shard = records_per_shard
         self.layout = layout
+        self.texts = texts
         self.dropped: Counter[str] = Counter()
         self.num_records = 0
         self._partial = folder / ".partial"
@@ -97,7 +106,8 @@ class ShardWriter:
             name = f"shard-{len(self._shards):06d}.tar"
             opened = {"packed": _OpenPackedShard, "samples": _OpenShard}[self.layout]
             self._open = opened(self._partial / name, self.folder / name)
-        self._open.append(f"{self.num_records:09d}", _encode(record, extra or {}))
+        content = {"text": record.document} if self.texts else _pair(record)
+        self._open.append(f"{self.num_records:09d}", _encode(record, content, extra or {}))
         self.num_records += 1
         if self._open.num_records == self.records_per_shard:
             self._finish_shard()
@@ -140,7 +150,7 @@ class ShardWriter:
 
     def _finish_shard(self) -> None:
         assert self._open is not None
-        self._shards.append(self._open.finish())
+        self._shards.append(self._open.finish()._replace(holds_texts=self.texts))
         self._open = None
 
     def _put_in_place(self) -> None:
@@ -244,7 +254,7 @@ class _HashingFile:
         self._file.close()
 
 
-def _encode(record: Record, extra: Mapping[str, Any]) -> bytes:
+def _pair(record: Record) -> dict[str, Any]:
     content: dict[str, Any] = {"query": record.query, "document": record.document}
     if record.negatives:
         content["negatives"] = record.negatives
@@ -252,7 +262,11 @@ def _encode(record: Record, extra: Mapping[str, Any]) -> bytes:
         content["scores"] = record.scores
     if record.label is not None:
         content["label"] = record.label
-    content |= {"source": record.source, "id": record.id}
+    return content
+
+
+def _encode(record: Record, content: dict[str, Any], extra: Mapping[str, Any]) -> bytes:
+    content = content | {"source": record.source, "id": record.id}
     if taken := (set(content) | {"negatives"}) & set(extra):
         raise UnfitRecordError(
             f"record {record.id!r} has further fields named {sorted(taken)}, which are taken; "

@@ -106,11 +106,11 @@ class GradCache:
     ) -> None:
         self.encoder = encoder
         self.objective = objective
-        objective.meet(encoder)
         self.memory = StepMemory(tokens_per_chunk, keep, keep_gib)
         """How much a step takes: what was chosen, measured or halved. A run that is resumed sets it
         again, so that it goes on with the same numbers."""
         if strategy is None:
+            objective.attach(encoder, weights=None)
             strategy = Replicas([encoder, objective], Collectives())
         self.strategy = strategy
         self.balance = balance

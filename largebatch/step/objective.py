@@ -15,7 +15,7 @@ Shapes: b pairs and n negatives of this rank, m rows of all ranks, d embedding w
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -95,24 +95,31 @@ class Objective(nn.Module, ABC):
     the encoder that it uses too must not be registered in it a second time.
     """
 
-    fields: ClassVar[tuple[str, ...]] = ("query", "document")
+    fields: Sequence[str] = ("query", "document")
     """Fields of a record that it needs; of query, document, negatives, scores, label."""
     source_options: Sequence[str] = ()
     """Entries of `data.sources.NAME.loss` that it heeds."""
-    options: Sequence[str] = ()
+    used_options: Sequence[str] = ()
     """Entries of `objective` that it heeds, of those that stand in no mapping of one objective."""
     has_temperature: bool = False
     """Whether it heeds `temperature`."""
+    marks_words: bool = False
+    """Whether the tokens of a tokenizer that is trained here must tell where words begin."""
 
     def needs(self, options: LossOptions) -> Sequence[str]:  # noqa: ARG002
         """Return which fields it needs of the records of a source with these options."""
         return self.fields
 
-    def meet(self, encoder: Encoder) -> None:
-        """Look at the encoder that is trained, once, before the first step.
+    def attach(self, encoder: Encoder, *, weights: str | None) -> None:
+        """Make what depends on the encoder, once, before anything is spread over ranks.
+
+        Args:
+            encoder: What it will be trained with; on any device.
+            weights: The folder or hub name that the encoder's weights are from, which may hold
+                others that belong to them. None: from scratch, or a checkpoint follows.
 
         Raises:
-            UserError: The two don't fit together.
+            UserError: The encoder is not of a kind that the objective can train.
         """
 
     def fingerprints(self) -> Mapping[str, str]:
@@ -259,26 +266,30 @@ class TokenTask(NamedTuple):
 
     texts: Texts
     """What goes through the encoder."""
-    targets: Mapping[str, IntArray]
+    targets: Mapping[str, IntArray | Int64Array]
     """By name, a number for each token of the texts; `IGNORED` where nothing is predicted."""
-    num_predicted: int
-    """Tokens that the mean runs over."""
+    num_predicted: Mapping[str, int]
+    """By term of the loss, how many there are of what its mean runs over, such as tokens."""
 
 
 class TokenSums(NamedTuple):
-    """What a chunk adds to the loss."""
+    """What a chunk adds to a term of the loss."""
 
     loss: Tensor
-    """Scalar, the sum over predicted tokens."""
+    """Scalar, the sum over all that is predicted."""
     metrics: Mapping[str, Tensor]
-    """Scalars by name, likewise: those of `metric_names`."""
+    """Scalars by name, likewise: those that `terms` says."""
 
 
 class TokenObjective(Objective):
-    """An objective that is a sum over tokens of chunks, each of which is done with at once."""
+    """An objective that is a sum over tokens of chunks, each of which is done with at once.
 
-    metric_names: ClassVar[tuple[str, ...]] = ()
-    """Of the metrics that `chunk_sums` returns."""
+    Its loss is the sum of one or several terms, each the mean over what it predicts in the global
+    batch. What a term weighs is a factor of its loss.
+    """
+
+    terms: Mapping[str, tuple[str, ...]] = {"tokens": ()}
+    """The terms by name, each with the names of its metrics."""
 
     @abstractmethod
     def make_task(self, pairs: Pairs, encoder: Encoder, *, step: int) -> TokenTask:
@@ -291,5 +302,5 @@ class TokenObjective(Objective):
         """
 
     @abstractmethod
-    def chunk_sums(self, encoder: Encoder, chunk: TokenChunk) -> TokenSums:
-        """Return the sums over a chunk; this is one forward pass, with a graph."""
+    def chunk_sums(self, encoder: Encoder, chunk: TokenChunk) -> dict[str, TokenSums]:
+        """Return the sums over a chunk by term; this is one forward pass, with a graph."""

@@ -1,9 +1,10 @@
 """The step of an objective that is a sum over tokens: nothing is gathered, no chunk is seen twice.
 
 1. Balance: ranks exchange pairs, so that they have equally many tokens (balance.py).
-2. Ranks tell each other how many tokens each predicts, and how many chunks it has.
+2. Ranks tell each other how many tokens each predicts for each term of the loss, and how many
+   chunks it has.
 3. Each chunk goes forward and backward at once. A rank's sum is divided by (predicted tokens of all
-   ranks / world size), the plain mean where ranks have equally many.
+   ranks / world size), the plain mean where ranks have equally many; each term by its own number.
 4. Strategies average the gradients over ranks: that average is the gradient of the mean over the
    global batch.
 """
@@ -52,7 +53,6 @@ class TokenStep:
     ) -> None:
         self.encoder = encoder
         self.objective = objective
-        objective.meet(encoder)
         self.memory = StepMemory(tokens_per_chunk, "none", None)
         self.strategy = strategy
         self.balance = balance
@@ -91,26 +91,36 @@ class TokenStep:
         chunks = self._chunks(task)
         num_own = len(chunks)
         with phase("gather"):
-            message = np.array([task.num_predicted, num_own, state_hash(device)], np.int64)
-            predicted, counts, states = zip(
+            own_predicted = [task.num_predicted[term] for term in self.objective.terms]
+            message = np.array([num_own, state_hash(device), *own_predicted], np.int64)
+            counts, states, *of_terms = zip(
                 *(told.tolist() for told in self.collectives.gather_ragged(message)), strict=True
             )
-        if sum(predicted) == 0:
-            raise UserError("nothing of the global batch is to be predicted: its texts are empty")
+        predicted = [sum(told) for told in of_terms]
+        if not any(predicted):
+            raise UserError(
+                "nothing of the global batch is to be predicted: its texts are empty, or too few "
+                "and short for the share of their tokens that is masked"
+            )
         if self.strategy.equal_chunks:
             chunks += [self._filler(task)] * (max(counts) - num_own)
-        mean = torch.tensor(world.size / sum(predicted), dtype=self.encoder.dtype, device=device)
-        sums: list[TokenSums] = []
+        # Of a term without anything to predict all sums are 0.
+        shares_k = torch.tensor(
+            [world.size / max(number, 1) for number in predicted],
+            dtype=self.encoder.dtype,
+            device=device,
+        )
+        sums: list[dict[str, TokenSums]] = []
         with self.strategy.gradient_pass() as backward:
             with masks_of_rank(states, world.rank, device):
-                ran_out = not self._passes(chunks, mean, backward, sums)
+                ran_out = not self._passes(chunks, shares_k, backward, sums)
             self._agree(chunks, ran_out=ran_out, can_redo=can_redo)
-        loss, metrics = self._means(sums, sum(predicted))
+        loss, metrics = self._means(sums, predicted)
         own = chunks[:num_own]
         return StepReport(
             loss,
             metrics,
-            torch.stack([one.loss for one in sums]).isfinite().all()
+            torch.stack([term.loss for one in sums for term in one.values()]).isfinite().all()
             if sums
             else torch.ones((), dtype=torch.bool, device=device),
             Work(
@@ -125,23 +135,18 @@ class TokenStep:
     def _passes(
         self,
         chunks: list[TokenChunk],
-        mean: Tensor,
+        shares_k: Tensor,
         backward: Backward,
-        sums: list[TokenSums],
+        sums: list[dict[str, TokenSums]],
     ) -> bool:
         """Run all chunks forward and backward; return False if memory ran out."""
         try:
             for number, chunk in enumerate(chunks, start=1):
                 with phase("embed"):
-                    one = self.strategy.run(self.objective.chunk_sums, self.encoder, chunk)
+                    share, found = self.strategy.run(self._forward, chunk, shares_k)
                 with phase("replay"):
-                    backward([one.loss], [mean.to(one.loss)], last=number == len(chunks))
-                sums.append(
-                    TokenSums(
-                        one.loss.detach(),
-                        {name: value.detach() for name, value in one.metrics.items()},
-                    )
-                )
+                    backward([share], [torch.ones_like(share)], last=number == len(chunks))
+                sums.append(found)
             if not chunks:
                 backward([], [], last=True)
         except torch.OutOfMemoryError:
@@ -149,6 +154,18 @@ class TokenStep:
                 raise UserError(self.memory.ran_out()) from None
             return False
         return True
+
+    def _forward(self, chunk: TokenChunk, shares_k: Tensor) -> tuple[Tensor, dict[str, TokenSums]]:
+        """Return what to back-propagate for a chunk, and its sums without a graph."""
+        found = self.objective.chunk_sums(self.encoder, chunk)
+        losses_k = torch.stack([found[term].loss for term in self.objective.terms])
+        share = (losses_k * shares_k.to(losses_k)).sum()
+        return share, {
+            term: TokenSums(
+                one.loss.detach(), {name: value.detach() for name, value in one.metrics.items()}
+            )
+            for term, one in found.items()
+        }
 
     def _agree(self, chunks: list[TokenChunk], *, ran_out: bool, can_redo: bool) -> None:
         """End or repeat the step on all ranks, if memory ran out on one."""
@@ -162,14 +179,28 @@ class TokenStep:
         if worst == 1:
             raise StepMustBeDoneAgain
 
-    def _means(self, sums: list[TokenSums], num_predicted: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _means(
+        self, sums: list[dict[str, TokenSums]], predicted: list[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return loss and metrics over all ranks' tokens."""
-        names = self.objective.metric_names
-        own = torch.zeros(1 + len(names), dtype=self.encoder.dtype, device=self.encoder.device)
+        terms = self.objective.terms
+        own = torch.zeros(
+            len(terms) + sum(map(len, terms.values())),
+            dtype=self.encoder.dtype,
+            device=self.encoder.device,
+        )
         for one in sums:
-            own += torch.stack([one.loss, *(one.metrics[name] for name in names)]).to(own)
-        means = self.collectives.sum(own) / num_predicted
-        return means[0], dict(zip(names, means[1:], strict=True))
+            losses = [one[term].loss for term in terms]
+            metrics = [one[term].metrics[name] for term in terms for name in terms[term]]
+            own += torch.stack([value.to(own) for value in (*losses, *metrics)])
+        of_metrics = [
+            number for number, names in zip(predicted, terms.values(), strict=True) for _ in names
+        ]
+        counts = [*predicted, *of_metrics]
+        divisors = torch.tensor([max(n, 1) for n in counts], dtype=own.dtype, device=own.device)
+        means = self.collectives.sum(own) / divisors
+        names = [name for metrics in terms.values() for name in metrics]
+        return means[: len(terms)].sum(), dict(zip(names, means[len(terms) :], strict=True))
 
     def _chunks(self, task: TokenTask) -> list[TokenChunk]:
         assert self.memory.tokens_per_chunk is not None
@@ -178,8 +209,8 @@ class TokenStep:
         )
 
     def _filler(self, task: TokenTask) -> TokenChunk:
-        """Return a chunk of one token, of which nothing is predicted."""
+        """Return a chunk of one token that counts for nothing."""
         text = Texts.from_lists([[self.encoder.pad_id]])
         ignored = {name: np.array([IGNORED], np.int32) for name in task.targets}
         (chunk,) = self.encoder.make_token_chunks(text, ignored, 1)
-        return chunk
+        return chunk._replace(lengths=np.zeros_like(chunk.lengths))

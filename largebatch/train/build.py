@@ -157,10 +157,10 @@ def _ignored_options(config: TrainConfig, objective: Objective) -> Iterator[str]
         for option, value in vars(source.loss).items():
             if value is not None and option not in objective.source_options:
                 yield f"data.sources.{name}.loss.{option}={value}"
-        if source.mask_same_id and "mask_duplicates" not in objective.options:
+        if source.mask_same_id and "mask_duplicates" not in objective.used_options:
             yield f"data.sources.{name}.mask_same_id=true"
     for option, value in config.objective.shared_options().items():
-        if option not in objective.options:
+        if option not in objective.used_options:
             yield f"objective.{option}={value}"
     if not objective.has_temperature:
         for option, usual in vars(TemperatureConfig()).items():
@@ -174,6 +174,8 @@ def build_step(
     objective: Objective,
     collectives: Collectives,
     device: torch.device,
+    *,
+    resumes: bool = False,
 ) -> tuple[Strategy, Step]:
     """Spread an encoder and an objective over the ranks; called by all ranks.
 
@@ -183,10 +185,12 @@ def build_step(
         objective: What `build_objective` gave; it goes to the device here.
         collectives: How ranks reach each other.
         device: Of this rank.
+        resumes: Whether all weights will come from a checkpoint.
 
     Raises:
         UserError: The strategy can't run here, or options don't fit together.
     """
+    objective.attach(encoder, weights=None if resumes else config.backbone.path)
     objective.to(device)
     strategy = make_strategy(
         config.strategy,
@@ -218,10 +222,12 @@ def build_encoder(
     resumes: bool,
     sources: Sequence[Source],
     shares: Sequence[float],
+    marks_words: bool = False,
 ) -> Encoder:
     """Return the encoder, untrained if its weights come from a checkpoint; called by all ranks.
 
-    A tokenizer that is trained here sees the sources by their shares.
+    A tokenizer that is trained here sees the sources by their shares; `marks_words` is whether its
+    tokens tell where words begin.
     `folder` keeps its architecture and tokenizer, so that resuming and exporting need neither the
     hub nor the folder that the run started from.
 
@@ -256,7 +262,7 @@ def build_encoder(
         _save_settings(
             Encoder.from_scratch(
                 backbone.model_type,
-                _tokenizer(config, sources, shares),
+                _tokenizer(config, sources, shares, marks_words=marks_words),
                 config=backbone.config,
                 attention=backbone.attention,
                 **{name: value for name, value in given.items() if value is not None},
@@ -280,7 +286,9 @@ def in_force(config: TrainConfig, encoder: Encoder) -> TrainConfig:
     return replace(config, pooling=pooling, text=TextConfig(**text))
 
 
-def _tokenizer(config: TrainConfig, sources: Sequence[Source], shares: Sequence[float]) -> Any:
+def _tokenizer(
+    config: TrainConfig, sources: Sequence[Source], shares: Sequence[float], *, marks_words: bool
+) -> Any:
     if config.backbone.tokenizer is not None:
         return load_tokenizer(config.backbone.tokenizer)
     texts = sample_texts(
@@ -290,7 +298,9 @@ def _tokenizer(config: TrainConfig, sources: Sequence[Source], shares: Sequence[
         skip_faults=config.data.on_fault == "skip",
     )
     with _parallel_tokenizers():
-        return train_tokenizer(texts, vocab_size=config.backbone.vocab_size)
+        return train_tokenizer(
+            texts, vocab_size=config.backbone.vocab_size, marks_words=marks_words
+        )
 
 
 @contextmanager

@@ -76,7 +76,7 @@ class Feed:
         """Rows of all ranks that were skipped so far."""
 
     def check_fields(self, needs: Callable[[LossOptions], Collection[str]]) -> None:
-        """Check that the sources' records have what the objective needs beside the pair.
+        """Check that the sources' records have what the objective needs .
 
         Args:
             needs: Returns the fields that it needs of a source with these options.
@@ -84,15 +84,20 @@ class Feed:
         Raises:
             UserError: A source lacks it.
         """
+        name = self.config.objective.name
         for source, is_drawn in zip(self.sources, self.schedule.is_drawn, strict=True):
             if not is_drawn:
                 continue
-            needed = needs(source.loss)
+            needed, key = needs(source.loss), f"data.sources.{source.name}"
+            if "query" in needed and source.holds_texts:
+                raise UserError(
+                    f"{key}: objective.name={name} needs queries, and its shards hold texts "
+                    "without them; name shards of pairs, or use objective=mlm or objective=retromae"
+                )
             for field in ("negatives", SCORES, LABEL):
                 if field in needed and not self._has(field, source):
                     raise UserError(
-                        f"data.sources.{source.name}: objective.name={self.config.objective.name} "
-                        f"needs {_NEEDED[field].format(key=f'data.sources.{source.name}')}"
+                        f"{key}: objective.name={name} needs {_NEEDED[field].format(key=key)}"
                     )
 
     def _has(self, field: str, source: Source) -> bool:

@@ -123,6 +123,7 @@ class _Training:
             resumes=self.first_step > 0,
             sources=self.feed.sources,
             shares=self.feed.schedule.shares(0),
+            marks_words=self.objective.marks_words,
         )
         self.encoder = encoder.to(device).train()
         # config.yaml holds what is in force: where the config leaves a setting to the checkpoint
@@ -134,7 +135,12 @@ class _Training:
 
         # The step: encoder and objective are spread over the ranks.
         self.strategy, self.engine = build_step(
-            config, self.encoder, self.objective, collectives, device
+            config,
+            self.encoder,
+            self.objective,
+            collectives,
+            device,
+            resumes=self.first_step > 0,
         )
         self.restore()
         self.evaluation = Evaluation(self.strategy, config.eval.batch_tokens)

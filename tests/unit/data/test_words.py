@@ -1,0 +1,79 @@
+"""Where words begin, by the conventions of each kind of tokenizer."""
+
+import numpy as np
+import pytest
+from numerics.reference import tiny_encoder
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from largebatch.data.text import tokenize, train_tokenizer
+from largebatch.data.words import BEGINS, GOES_ON, SPECIAL, single_tokens, whole_words
+from largebatch.errors import UserError
+
+TEXTS = ["unbelievable readings, unreadable belief", "reading unbelief readable"]
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def trained(model, pre_tokenizer, trainer):
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.train_from_iterator(TEXTS * 20, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]"
+    )
+
+
+TOKENIZERS = {
+    "WordPiece": lambda: trained(
+        models.WordPiece(unk_token="[UNK]"),
+        pre_tokenizers.BertPreTokenizer(),
+        trainers.WordPieceTrainer(vocab_size=60, special_tokens=SPECIALS, show_progress=False),
+    ),
+    "byte-level BPE": lambda: trained(
+        models.BPE(),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        trainers.BpeTrainer(vocab_size=80, special_tokens=SPECIALS, show_progress=False),
+    ),
+    "SentencePiece": lambda: trained(
+        models.Unigram(),
+        pre_tokenizers.Metaspace(),
+        trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=SPECIALS, unk_token="[UNK]", show_progress=False
+        ),
+    ),
+    "ours": lambda: train_tokenizer(TEXTS * 20, vocab_size=70, marks_words=True),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_words_begin_where_white_space_ends(kind):
+    tokenizer = TOKENIZERS[kind]()
+    words = whole_words(tokenizer, option="objective.mlm.whole_words")
+    text = "unbelievable reading unreadable"
+    tokens, _ = tokenize(tokenizer, [text], prompt="", max_tokens=100)
+    parts = words.parts(tokens)
+    begins = int((parts == BEGINS).sum())
+    assert begins == 3
+    assert (parts == GOES_ON).sum() >= 2
+    encoded = tokenizer(text)
+    expected = [number for number in encoded.word_ids() if number is not None]
+    # The tokenizer itself knows which word a token is of.
+    own = [part for part in parts.tolist() if part != SPECIAL]
+    new = [i == 0 or expected[i] != expected[i - 1] for i in range(len(expected))]
+    assert [part == BEGINS for part in own] == new
+
+
+def test_a_tokenizer_without_marks_is_refused_in_one_line():
+    tokenizer = tiny_encoder().tokenizer
+    with pytest.raises(UserError) as error:
+        whole_words(tokenizer, option="objective.mlm.whole_words")
+    assert "objective.mlm.whole_words=true needs a tokenizer" in str(error.value)
+    assert "set objective.mlm.whole_words=false" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_single_tokens_are_words():
+    tokenizer = tiny_encoder().tokenizer
+    words = single_tokens(tokenizer)
+    assert words.begins_v.all()
+    assert np.flatnonzero(words.special_v).tolist() == sorted(tokenizer.all_special_ids)
