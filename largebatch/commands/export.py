@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from largebatch.commands.output import check_replaceable
-from largebatch.config import ExportConfig
+from largebatch.config import ExportConfig, LoraConfig
 from largebatch.errors import UserError
 from largebatch.files import written_aside
 
@@ -19,9 +19,13 @@ def run(config: ExportConfig) -> None:
     # Importing transformers takes seconds; a missing run is told at once.
     from largebatch.model.encoder import Encoder
     from largebatch.model.finite import check_weights
-    from largebatch.train.checkpoint import load_encoder_weights
+    from largebatch.model.lora import add_adapters
+    from largebatch.train.checkpoint import load_encoder_weights, read_details
 
     encoder = Encoder.from_settings(folder / "backbone")
+    lora = LoraConfig(**read_details(checkpoints, step)["config"].get("lora", {}))
+    if lora.r:
+        add_adapters(encoder.backbone, lora)
     load_encoder_weights(checkpoints, step, encoder)
     check_weights(encoder, f"{checkpoints}, step {step}")
     with written_aside(output) as aside:

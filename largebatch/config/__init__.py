@@ -11,6 +11,7 @@ from largebatch.config.model import (
     PACKINGS,
     POOLINGS,
     BackboneConfig,
+    LoraConfig,
     PoolingConfig,
     TemperatureConfig,
     TextConfig,
@@ -30,6 +31,7 @@ from largebatch.config.tools import (
 )
 from largebatch.config.train import (
     KEEPS,
+    LR_SCALINGS,
     SCHEDULES,
     STRATEGIES,
     CheckpointConfig,
@@ -46,6 +48,7 @@ from largebatch.config.train import (
 __all__ = [
     "BENCH_STRATEGIES",
     "KEEPS",
+    "LR_SCALINGS",
     "PACKINGS",
     "POOLINGS",
     "SCHEDULES",
@@ -65,6 +68,7 @@ __all__ = [
     "HardwareConfig",
     "IndexConfig",
     "LoggerConfig",
+    "LoraConfig",
     "LossOptions",
     "ObjectiveConfig",
     "OptimConfig",

@@ -43,6 +43,10 @@ class BackboneConfig:
     checkpoint_layers: bool = False
     """For long texts: whether each layer runs again in the backward pass, so that a chunk's graph
     holds no more than the layers' inputs. Costs one forward pass more."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts that are not trained: positions (the table of positions, as in E5), embeddings (all
+    before the layers), layers:N (the first N layers), or names of weights or modules, with
+    wildcards, as in [encoder.layer.0.attention, '*.bias']."""
 
     def __post_init__(self) -> None:
         faults = Faults()
@@ -58,7 +62,51 @@ class BackboneConfig:
             "backbone.config is for a model from scratch; with backbone.path use an experiment "
             "that has none, such as quickstart_pretrained",
         )
+        for entry in self.freeze:
+            number = entry.removeprefix("layers:")
+            faults.check(
+                bool(entry) and (number == entry or (number.isdigit() and int(number) > 0)),
+                f"backbone.freeze: {entry!r} must be positions, embeddings, layers:N with N from 1 "
+                "on, or a name",
+            )
         faults.finish()
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """LoRA (Hu et al. 2021): adapters beside the backbone's linear modules, trained for it."""
+
+    r: int = 0
+    """Rank of the adapters. 0: none, the backbone itself is trained."""
+    alpha: float = 32.0
+    """What an adapter gives is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Share of an adapter's input that is dropped."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Which modules have adapters: all-linear (every linear module of the layers), or last parts of
+    their names, as in [query, value]."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.at_least("lora.r", self.r, 0)
+        faults.above("lora.alpha", self.alpha, 0)
+        faults.check(
+            0 <= self.dropout < 1, f"lora.dropout={self.dropout} must be at least 0 and below 1"
+        )
+        faults.not_empty("lora.targets", self.targets, "name modules, or all-linear")
+        if self.r == 0:
+            for option in ("alpha", "dropout", "targets"):
+                default = LORA_DEFAULTS[option]
+                value = getattr(self, option)
+                faults.check(
+                    value == default,
+                    f"lora.{option}={value} does nothing with lora.r=0; set lora.r, for example to "
+                    "16",
+                )
+        faults.finish()
+
+
+LORA_DEFAULTS: dict[str, Any] = {"alpha": 32.0, "dropout": 0.0, "targets": ["all-linear"]}
 
 
 @dataclass(kw_only=True)

@@ -8,13 +8,15 @@ from largebatch.config.checks import Faults
 from largebatch.config.data import CurriculumConfig, DataConfig
 from largebatch.config.model import (
     BackboneConfig,
+    LoraConfig,
     PoolingConfig,
     TemperatureConfig,
     TextConfig,
 )
 from largebatch.config.objective import ObjectiveConfig
 
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
+SCHEDULES = ("cosine", "linear", "constant", "wsd", "inverse_sqrt")
+LR_SCALINGS = ("none", "sqrt", "linear")
 PRECISIONS = ("float32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 STRATEGIES = {
@@ -42,6 +44,15 @@ class OptimConfig:
 
     lr: float = 2e-4
     """Highest learning rate."""
+    lr_scaling: str = "none"
+    """How the highest rate grows with the batch: none, sqrt (lr times the root of global_batch /
+    lr_batch) or linear (lr times global_batch / lr_batch)."""
+    lr_batch: int | None = None
+    """lr_scaling only: the global batch, in pairs, that lr is meant for."""
+    layer_decay: float = 1.0
+    """What the rate is multiplied by from layer to layer, downwards: the last layer has this times
+    lr, the one below its square, the embeddings the smallest rate; what follows the layers, pooling
+    and objective have lr itself (as in BEiT). 1: all alike."""
     weight_decay: float = 0.01
     """Decoupled decay of matrices; biases, norms and the temperature never decay."""
     beta1: float = 0.9
@@ -56,6 +67,19 @@ class OptimConfig:
     def __post_init__(self) -> None:
         faults = Faults()
         faults.above("optim.lr", self.lr, 0)
+        faults.one_of("optim.lr_scaling", self.lr_scaling, LR_SCALINGS)
+        if self.lr_batch is not None:
+            faults.at_least("optim.lr_batch", self.lr_batch, 1)
+        faults.check(
+            (self.lr_scaling == "none") == (self.lr_batch is None),
+            f"optim.lr_scaling={self.lr_scaling} and optim.lr_batch={self.lr_batch} don't fit: the "
+            "batch that optim.lr is meant for is needed for sqrt and linear, and means nothing for "
+            "none",
+        )
+        faults.check(
+            0 < self.layer_decay <= 1,
+            f"optim.layer_decay={self.layer_decay} must be above 0 and at most 1",
+        )
         faults.at_least("optim.weight_decay", self.weight_decay, 0)
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             faults.check(0 <= beta < 1, f"optim.{name}={beta} must lie in [0, 1)")
@@ -69,9 +93,10 @@ class ScheduleConfig:
     """The learning rate over the run."""
 
     name: str = "cosine"
-    """cosine, linear, constant, or wsd (warm-up, stable, decay: linear decay at the end)."""
-    warmup_steps: int = 10
-    """Steps of linear warm-up from 0."""
+    """cosine, linear, constant, wsd (warm-up, stable, decay: linear decay at the end), or
+    inverse_sqrt (the rate falls with the root of the step; it needs no end of the run)."""
+    warmup_steps: int | float = 10
+    """Steps of linear warm-up from 0. A number between 0 and 1 is a share of max_steps: 0.1."""
     decay_fraction: float = 0.2
     """wsd only: share of the run that the final decay takes."""
     final_fraction: float = 0.0
@@ -81,6 +106,16 @@ class ScheduleConfig:
         faults = Faults()
         faults.one_of("schedule.name", self.name, SCHEDULES)
         faults.at_least("schedule.warmup_steps", self.warmup_steps, 0)
+        faults.check(
+            self.warmup_steps < 1 or self.warmup_steps == int(self.warmup_steps),
+            f"schedule.warmup_steps={self.warmup_steps} must be a whole number of steps, or a "
+            "share of max_steps below 1",
+        )
+        faults.check(
+            self.name != "inverse_sqrt" or self.final_fraction == 0,
+            f"schedule.final_fraction={self.final_fraction} is nothing that schedule.name="
+            "inverse_sqrt heeds; set it to 0",
+        )
         faults.unit_interval("schedule.decay_fraction", self.decay_fraction)
         faults.unit_interval("schedule.final_fraction", self.final_fraction)
         faults.finish()
@@ -287,6 +322,7 @@ class TrainConfig:
     debug: bool = False
     """Whether an error shows its traceback."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     pooling: PoolingConfig = field(default_factory=PoolingConfig)
     text: TextConfig = field(default_factory=TextConfig)
     temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
@@ -339,6 +375,16 @@ class TrainConfig:
             f"{self.data.read_timeout_s:g} is {patience_s:g} s, more than half of strategy."
             f"timeout_s={self.strategy.timeout_s:g}, after which other ranks give up; lower those, "
             "or raise this",
+        )
+        faults.check(
+            self.lora.r == 0 or self.backbone.path is not None,
+            f"lora.r={self.lora.r} adapts a pre-trained model, and backbone.path is unset; name "
+            "one, or set lora.r=0",
+        )
+        faults.check(
+            self.lora.r == 0 or not self.backbone.freeze,
+            f"backbone.freeze={self.backbone.freeze} with lora.r={self.lora.r}, which freezes all "
+            "of the backbone but its adapters; leave one of them out",
         )
         for fault in longer_than(self.data.curriculum, vars(self.text)):
             faults.check(False, fault)

@@ -17,7 +17,9 @@ from largebatch.data.text import TextSettings, train_tokenizer
 from largebatch.errors import UserError
 from largebatch.files import written_aside
 from largebatch.model.encoder import Encoder
-from largebatch.model.pretrained import load_tokenizer
+from largebatch.model.freeze import freeze
+from largebatch.model.lora import add_adapters, targets_of
+from largebatch.model.pretrained import load_tokenizer, outline
 from largebatch.order.schedule import Reweighting, Schedule, SourceShape
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.make import make_strategy
@@ -163,6 +165,28 @@ def build_step(
     return strategy, step
 
 
+def check_parts(config: TrainConfig) -> None:
+    """Check that the backbone has what is to be frozen or adapted, before anything is read of it.
+
+    Raises:
+        UserError: It has not, or it can't be used.
+    """
+    backbone = config.backbone
+    if not (backbone.freeze or config.lora.r):
+        return
+    found = outline(
+        backbone.path,
+        backbone.model_type,
+        backbone.config,
+        vocab_size=backbone.vocab_size,
+        attention=backbone.attention,
+    )
+    if config.lora.r:
+        targets_of(found, config.lora.targets)
+    else:
+        freeze(found, backbone.freeze)
+
+
 def build_encoder(
     config: TrainConfig,
     folder: Path,
@@ -174,6 +198,8 @@ def build_encoder(
 ) -> Encoder:
     """Return the encoder, untrained if its weights come from a checkpoint; called by all ranks.
 
+    Parts that are not trained are frozen, and adapters are in place.
+
     A tokenizer that is trained here sees the sources by their shares.
     `folder` keeps its architecture and tokenizer, so that resuming and exporting need neither the
     hub nor the folder that the run started from.
@@ -181,6 +207,24 @@ def build_encoder(
     Raises:
         UserError: The model or its tokenizer can't be used.
     """
+    encoder = _whole_encoder(
+        config, folder, collectives, resumes=resumes, sources=sources, shares=shares
+    )
+    freeze(encoder.backbone, config.backbone.freeze)
+    if config.lora.r:
+        add_adapters(encoder.backbone, config.lora)
+    return encoder
+
+
+def _whole_encoder(
+    config: TrainConfig,
+    folder: Path,
+    collectives: Collectives,
+    *,
+    resumes: bool,
+    sources: Sequence[Source],
+    shares: Sequence[float],
+) -> Encoder:
     backbone = config.backbone
     how: dict[str, Any] = {
         "attention": backbone.attention,

@@ -29,7 +29,7 @@ from largebatch.parallel.collectives import Collectives
 from largebatch.phases import phase
 from largebatch.step.dropout import rank_seed
 from largebatch.step.memory import KeepPlan
-from largebatch.train.build import build_encoder, build_objective, build_step, in_force
+from largebatch.train.build import build_encoder, build_objective, build_step, check_parts, in_force
 from largebatch.train.checkpoint import (
     Best,
     Tensors,
@@ -45,6 +45,7 @@ from largebatch.train.evaluation import Evaluation, load_sets
 from largebatch.train.feed import Feed
 from largebatch.train.loggers import METRICS_FILE, RunLog, drop_entries, read_metrics
 from largebatch.train.metrics import StepMeter
+from largebatch.train.optim import rate_in_force
 from largebatch.train.plots import draw_plots
 from largebatch.train.process import connected
 from largebatch.train.report import print_lines
@@ -100,6 +101,8 @@ class _Training:
         # What is optimized. It comes first, since it says what it needs of the data.
         torch.manual_seed(config.seed)
         self.objective = build_objective(config)
+        if self.first_step == 0:
+            collectives.all_succeed(lambda: check_parts(config))
 
         # Data. Sets and shards are looked at before anything expensive.
         self.feed = Feed(config, folder, self.world, first_step=self.first_step)
@@ -389,11 +392,17 @@ class _Training:
         """Tell what was derived from the config."""
         config = self.config
         millions = self.strategy.num_parameters / 1e6
+        total = sum(shape.numel() for shape in self.strategy.shapes().values()) / 1e6
+        frozen = []
+        if config.backbone.freeze or config.lora.r:
+            frozen = [f"backbone: {total - millions:.1f}M more are as they came, not trained"]
         ranks = "1 rank" if self.world.size == 1 else f"{self.world.size} ranks"
         return [
             f"{config.name}: {millions:.1f}M parameters, steps {self.first_step + 1} to "
             f"{config.max_steps}, {ranks} on {self.device.type}, {torch.get_num_threads()} threads "
             "each",
+            rate_in_force(config),
+            *frozen,
             *self.feed.plan(),
         ]
 
