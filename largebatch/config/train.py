@@ -63,6 +63,10 @@ class OptimConfig:
     """Added to the root of the second moment."""
     clip_norm: float = 1.0
     """Largest norm of the whole gradient. 0: not clipped, only measured."""
+    ema: float = 0.0
+    """Decay of the moving average of the encoder's weights, which is then what is scored and
+    exported, for example 0.999; each step adds 1 - ema of the trained weights. 0: none. Not with
+    strategy=deepspeed."""
 
     def __post_init__(self) -> None:
         faults = Faults()
@@ -85,6 +89,7 @@ class OptimConfig:
             faults.check(0 <= beta < 1, f"optim.{name}={beta} must lie in [0, 1)")
         faults.above("optim.eps", self.eps, 0)
         faults.at_least("optim.clip_norm", self.clip_norm, 0)
+        faults.check(0 <= self.ema < 1, f"optim.ema={self.ema} must be at least 0 and below 1")
         faults.finish()
 
 
@@ -375,6 +380,11 @@ class TrainConfig:
             f"{self.data.read_timeout_s:g} is {patience_s:g} s, more than half of strategy."
             f"timeout_s={self.strategy.timeout_s:g}, after which other ranks give up; lower those, "
             "or raise this",
+        )
+        faults.check(
+            self.optim.ema == 0 or self.strategy.name != "deepspeed",
+            f"optim.ema={self.optim.ema} can't be used with strategy.name=deepspeed; use "
+            "strategy=ddp or strategy=fsdp, or optim.ema=0",
         )
         faults.check(
             self.lora.r == 0 or self.backbone.path is not None,

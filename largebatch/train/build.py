@@ -21,6 +21,7 @@ from largebatch.model.freeze import freeze
 from largebatch.model.lora import add_adapters, targets_of
 from largebatch.model.pretrained import load_tokenizer, outline
 from largebatch.order.schedule import Reweighting, Schedule, SourceShape
+from largebatch.parallel.average import WeightAverage
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.make import make_strategy
 from largebatch.parallel.strategy import ENCODER, Strategy
@@ -163,6 +164,13 @@ def build_step(
         balance=config.balance,
     )
     return strategy, step
+
+
+def build_average(config: TrainConfig, strategy: Strategy) -> WeightAverage | None:
+    """Return the moving average of the weights, if the config asks for one."""
+    if config.optim.ema == 0:
+        return None
+    return WeightAverage(strategy, config.optim.ema)
 
 
 def check_parts(config: TrainConfig) -> None:

@@ -48,6 +48,7 @@ OFF: dict[str, Any] = {
     "backbone.freeze": [],
     "lora.r": 0,
     **{f"lora.{option}": value for option, value in LORA_DEFAULTS.items()},
+    "optim.ema": 0.0,
     "optim.layer_decay": 1.0,
     "optim.lr_batch": None,
     "optim.lr_scaling": "none",

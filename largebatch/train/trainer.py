@@ -29,10 +29,18 @@ from largebatch.parallel.collectives import Collectives
 from largebatch.phases import phase
 from largebatch.step.dropout import rank_seed
 from largebatch.step.memory import KeepPlan
-from largebatch.train.build import build_encoder, build_objective, build_step, check_parts, in_force
+from largebatch.train.build import (
+    build_average,
+    build_encoder,
+    build_objective,
+    build_step,
+    check_parts,
+    in_force,
+)
 from largebatch.train.checkpoint import (
     Best,
     Tensors,
+    load_average,
     load_best,
     load_optimizer,
     load_random_state,
@@ -133,15 +141,18 @@ class _Training:
         self.strategy, self.engine = build_step(
             config, self.encoder, self.objective, collectives, device
         )
+        self.average = build_average(config, self.strategy)
         self.restore()
-        self.evaluation = Evaluation(self.strategy, config.eval.batch_tokens)
+        # What is scored and exported.
+        self.whole = self.strategy.whole if self.average is None else self.average.whole
+        self.evaluation = Evaluation(collectives, self.whole, config.eval.batch_tokens)
 
     def restore(self) -> None:
         """Load the last checkpoint, or begin."""
         if self.first_step == 0:
             torch.manual_seed(rank_seed(self.config.seed, self.world.rank, 0))
             return
-        load_weights(self.checkpoints, self.first_step, self.strategy)
+        self._load_weights(self.first_step)
         load_optimizer(self.checkpoints, self.first_step, self.strategy)
         details = read_run_details(self.checkpoints, self.first_step)
         self.feed.check_same_data(details["shards"])
@@ -153,6 +164,11 @@ class _Training:
             torch.manual_seed(rank_seed(self.config.seed, self.world.rank, self.first_step))
         self.best = load_best(self.checkpoints)
         self._restore_memory(details)
+
+    def _load_weights(self, step: int) -> None:
+        load_weights(self.checkpoints, step, self.strategy)
+        if self.average is not None:
+            load_average(self.checkpoints, step, self.average)
 
     def _restore_memory(self, details: dict[str, Any]) -> None:
         """Use again what was measured or halved: the run goes on with the same numbers."""
@@ -226,6 +242,8 @@ class _Training:
                 strategy=self.strategy,
                 config=config,
             )
+            if self.average is not None:
+                self.average.update()
             meter.add(batch, result)
             last = step == config.max_steps
             evaluates = bool(self.dev_sets) and (step % eval_every == 0 or last)
@@ -271,10 +289,10 @@ class _Training:
         if self.config.checkpoint.keep_best and self.best is not None:
             step = self.best.step
         if step != last:
-            load_weights(self.checkpoints, step, self.strategy)
+            self._load_weights(step)
         scores = self._score({**self.dev_sets, **self.test_sets})
         self._log(last, {key: scores[key] for key in scores if self._is_of_tests([key])})
-        with self.strategy.whole() as encoder:
+        with self.whole() as encoder:
             self.collectives.on_main(lambda: self._write_results(encoder, step))
         return Result(last, step, scores)
 
@@ -337,7 +355,7 @@ class _Training:
 
     def _save(self, step: int, elapsed_s: float) -> None:
         random_states = self.collectives.gather_objects(read_random_state(self.device))
-        tensors = Tensors.of(self.strategy)
+        tensors = Tensors.of(self.strategy, self.average)
         engine = self._engine()
 
         def write() -> None:
@@ -396,6 +414,12 @@ class _Training:
         frozen = []
         if config.backbone.freeze or config.lora.r:
             frozen = [f"backbone: {total - millions:.1f}M more are as they came, not trained"]
+        averaged = []
+        if self.average is not None:
+            averaged = [
+                f"weights: their moving average (optim.ema={config.optim.ema:g}) is scored and "
+                "exported, not the trained ones themselves"
+            ]
         ranks = "1 rank" if self.world.size == 1 else f"{self.world.size} ranks"
         return [
             f"{config.name}: {millions:.1f}M parameters, steps {self.first_step + 1} to "
@@ -403,6 +427,7 @@ class _Training:
             "each",
             rate_in_force(config),
             *frozen,
+            *averaged,
             *self.feed.plan(),
         ]
 

@@ -59,11 +59,11 @@ def weights_of(found):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_run_with_adapters(data, tmp_path, name, capsys):
+def test_a_run_with_adapters(data, tmp_path, name, capfd):
     whole = tmp_path / "whole"
     config = config_of(data, whole, name, r=4, dropout=0.1)
     train(config)
-    assert "are as they came, not trained" in capsys.readouterr().out
+    assert "are as they came, not trained" in capfd.readouterr().out
 
     # Only adapters and the temperature have moved; the rest is as it came, in every bit.
     plain = load_file(data / "model" / "model.safetensors")
