@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from largebatch.commands.output import check_replaceable
-from largebatch.config import ExportConfig, LoraConfig
+from largebatch.config import ExportConfig
 from largebatch.errors import UserError
 from largebatch.files import written_aside
 
@@ -17,17 +17,9 @@ def run(config: ExportConfig) -> None:
     check_replaceable(output, "modules.json")
 
     # Importing transformers takes seconds; a missing run is told at once.
-    from largebatch.model.encoder import Encoder
-    from largebatch.model.finite import check_weights
-    from largebatch.model.lora import add_adapters
-    from largebatch.train.checkpoint import load_encoder_weights, read_details
+    from largebatch.train.restored import restored_encoder
 
-    encoder = Encoder.from_settings(folder / "backbone")
-    lora = LoraConfig(**read_details(checkpoints, step)["config"].get("lora", {}))
-    if lora.r:
-        add_adapters(encoder.backbone, lora)
-    load_encoder_weights(checkpoints, step, encoder)
-    check_weights(encoder, f"{checkpoints}, step {step}")
+    encoder = restored_encoder(folder, step)
     with written_aside(output) as aside:
         encoder.save_pretrained(aside)
     print(f"{output}: the model after {step} steps")

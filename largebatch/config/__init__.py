@@ -18,6 +18,7 @@ from largebatch.config.model import (
 )
 from largebatch.config.objective import ObjectiveConfig
 from largebatch.config.tools import (
+    AverageConfig,
     DataShowConfig,
     DataStatsConfig,
     DedupConfig,
@@ -53,6 +54,7 @@ __all__ = [
     "POOLINGS",
     "SCHEDULES",
     "STRATEGIES",
+    "AverageConfig",
     "BackboneConfig",
     "BenchConfig",
     "CheckpointConfig",

@@ -189,6 +189,10 @@ class LoggerConfig:
 
     every_steps: int = 1
     """Steps between two entries."""
+    geometry_every_steps: int = 50
+    """Steps between two looks at how the embeddings lie (train/alignment, train/uniformity,
+    train/effective_rank of about 1,024 pairs), at the next step that is logged. A model that
+    collapses is told of, once. 0: never."""
     wandb: str = "offline"
     """offline (no account needed; `wandb sync` sends it later), online or disabled."""
     project: str = "largebatch"
@@ -202,6 +206,7 @@ class LoggerConfig:
     def __post_init__(self) -> None:
         faults = Faults()
         faults.at_least("logger.every_steps", self.every_steps, 1)
+        faults.at_least("logger.geometry_every_steps", self.geometry_every_steps, 0)
         faults.one_of("logger.wandb", self.wandb, WANDB_MODES)
         faults.finish()
 

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -264,6 +265,10 @@ def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and its report of unused weights while loading."""
     from transformers.utils import logging
 
+    if not torch.cuda.is_available():
+        # accelerate, which peft brings, imports deepspeed whenever a model is saved; that would
+        # print a line about there being no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -226,7 +226,7 @@ class _Training:
         save_every = config.checkpoint.every_steps or max(config.max_steps // 10, 1)
         meter = StepMeter(self.device, self.collectives, config, self.elapsed_before_s)
         batches = self.feed.batches(self.encoder.tokenizer, self.encoder.text)
-        has_warned = False
+        has_warned = has_told_of_collapse = False
         for step in range(self.first_step + 1, config.max_steps + 1):
             # Loader processes read and tokenize ahead: to wait here means that they are too slow.
             with meter.waiting_for_data(), phase("data"):
@@ -255,6 +255,10 @@ class _Training:
                 self.feed.count_skipped(step, meter.num_skipped)
                 if not has_warned:
                     has_warned = self._warn(meter)
+                if meter.collapse is not None and not has_told_of_collapse:
+                    has_told_of_collapse = True
+                    if self.world.is_main:
+                        log.warning("warning: step %d: %s", step, meter.collapse)
                 self._log(step, values | self.feed.metrics(step))
             # Scores and checkpoints leave the figures of speed alone.
             improved = False
