@@ -15,6 +15,7 @@ from largebatch.config.model import (
     PoolingConfig,
     TemperatureConfig,
     TextConfig,
+    with_task,
 )
 from largebatch.config.objective import ObjectiveConfig
 from largebatch.config.tools import (
@@ -87,4 +88,5 @@ __all__ = [
     "least_of",
     "longer_than",
     "suggest",
+    "with_task",
 ]

@@ -5,6 +5,8 @@ from typing import Any
 
 from largebatch.config.checks import Faults
 
+TASK = "{task}"
+"""What stands for a task in a prompt; all else in it, braces too, is taken as it is."""
 PACKINGS = ("auto", "on", "off")
 POOLINGS = {
     "cls": "FirstToken",
@@ -132,7 +134,8 @@ class TextConfig:
     """Prompts and lengths of the two sides; used by training, evaluation and export alike."""
 
     query_prompt: str | None = None
-    """Put before every query. Unset: the checkpoint's own prompt, or none."""
+    """Put before every query. Unset: the checkpoint's own prompt, or none. {task} in it stands for
+    the task of the query's source: data.sources.NAME.task, else text.task."""
     document_prompt: str | None = None
     """Put before every document. Unset: the checkpoint's own prompt, or none."""
     query_max_tokens: int | None = None
@@ -141,13 +144,42 @@ class TextConfig:
     document_max_tokens: int | None = None
     """Longest document in training. Evaluation and export cut both sides at the larger number.
     Unset: as the checkpoint says, else 256."""
+    task: str | None = None
+    """What {task} in a prompt stands for where a source has no task of its own, in evaluation, and
+    in the exported model."""
 
     def __post_init__(self) -> None:
         faults = Faults()
         for name in ("query_max_tokens", "document_max_tokens"):
             if (length := getattr(self, name)) is not None:
                 faults.at_least(f"text.{name}", length, 4)
+        for name in ("query_prompt", "document_prompt"):
+            prompt = getattr(self, name)
+            faults.check(
+                bool(self.task) or not has_task(prompt),
+                f"text.{name}={prompt!r} has {{task}} in it, and text.task is unset; set it to "
+                "what evaluation and the exported model are to ask for",
+            )
         faults.finish()
+
+    def settings(self) -> dict[str, Any]:
+        """Return the model's prompts, with the task in its place, and lengths."""
+        return {
+            "query_prompt": with_task(self.query_prompt, self.task),
+            "document_prompt": with_task(self.document_prompt, self.task),
+            "query_max_tokens": self.query_max_tokens,
+            "document_max_tokens": self.document_max_tokens,
+        }
+
+
+def has_task(prompt: str | None) -> bool:
+    """Return whether a prompt has a place for a task."""
+    return prompt is not None and TASK in prompt
+
+
+def with_task(prompt: str | None, task: str | None) -> str | None:
+    """Return a prompt with the task in its place, if it has one."""
+    return prompt.replace(TASK, task or "") if has_task(prompt) and prompt else prompt
 
 
 @dataclass(kw_only=True)

@@ -12,6 +12,7 @@ from largebatch.config.model import (
     PoolingConfig,
     TemperatureConfig,
     TextConfig,
+    has_task,
 )
 from largebatch.config.objective import ObjectiveConfig
 
@@ -410,4 +411,29 @@ class TrainConfig:
                 self.objective.mask_duplicates or not source.mask_same_id,
                 f"data.sources.{name}.mask_same_id=true needs objective.mask_duplicates=true",
             )
+        self._check_tasks(faults)
         faults.finish()
+
+    def _check_tasks(self, faults: Faults) -> None:
+        """Note tasks that no prompt has a place for, and places without a task."""
+        text = self.text
+        prompts = [text.query_prompt, text.document_prompt]
+        for name, source in self.data.sources.items():
+            own = [source.query_prompt, source.document_prompt]
+            prompts += own
+            used = [mine or general for mine, general in zip(own, prompts[:2], strict=True)]
+            faults.check(
+                source.task is None or any(map(has_task, used)),
+                f"data.sources.{name}.task={source.task!r} has no place in a prompt; put {{task}} "
+                f"into text.query_prompt (text=e5_mistral has one), or leave out the task",
+            )
+            faults.check(
+                bool(source.task or text.task) or not any(map(has_task, own)),
+                f"data.sources.{name} has {{task}} in a prompt, and no task; set "
+                f"data.sources.{name}.task",
+            )
+        faults.check(
+            text.task is None or any(map(has_task, prompts)),
+            f"text.task={text.task!r} has no place in a prompt; put {{task}} into "
+            "text.query_prompt, or leave out the task",
+        )

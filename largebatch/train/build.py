@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-from largebatch.config import CurriculumConfig, TextConfig, TrainConfig, longer_than
+from largebatch.config import (
+    CurriculumConfig,
+    SourceConfig,
+    TextConfig,
+    TrainConfig,
+    longer_than,
+    with_task,
+)
 from largebatch.data.source import Source
 from largebatch.data.stream import TextChange, sample_texts
 from largebatch.data.text import TextSettings, train_tokenizer
@@ -49,8 +56,7 @@ def build_sources(config: TrainConfig) -> list[Source]:
             if data.is_drawn(name)
             else [],
             source.fields,
-            query_prompt=source.query_prompt,
-            document_prompt=source.document_prompt,
+            **_prompts_of(source, config.text),
             max_negatives=source.max_negatives,
             loss=source.loss,
             mask_same_id=source.mask_same_id,
@@ -59,6 +65,18 @@ def build_sources(config: TrainConfig) -> list[Source]:
         )
         for name, source in data.sources.items()
     ]
+
+
+def _prompts_of(source: SourceConfig, text: TextConfig) -> dict[str, str | None]:
+    """Return a source's prompts with its task in place; None: the model's own, as it is."""
+    task = source.task or text.task
+    found: dict[str, str | None] = {}
+    for name in ("query_prompt", "document_prompt"):
+        prompt = getattr(source, name)
+        if prompt is None and source.task is not None:
+            prompt = getattr(text, name)
+        found[name] = with_task(prompt, task)
+    return found
 
 
 def build_schedule(config: TrainConfig, sources: Sequence[Source]) -> Schedule:
@@ -243,7 +261,7 @@ def _whole_encoder(
     given = {
         "pooling": config.pooling.mode,
         "normalize": config.pooling.normalize,
-        **asdict(config.text),
+        **config.text.settings(),
     }
     if resumes:
         return Encoder.from_settings(folder, **how)
@@ -280,9 +298,14 @@ def _save_settings(encoder: Encoder, folder: Path) -> None:
 
 def in_force(config: TrainConfig, encoder: Encoder) -> TrainConfig:
     """Return the config with its encoder's settings, where it leaves them to the checkpoint."""
-    text = {name: getattr(encoder.text, name) for name in asdict(config.text)}
+    # A prompt with a place for a task stays as it is: sources fill it in their own ways.
+    text = {
+        name: getattr(encoder.text, name)
+        for name in config.text.settings()
+        if getattr(config.text, name) is None
+    }
     pooling = replace(config.pooling, mode=encoder.pooling.name, normalize=encoder.normalize)
-    return replace(config, pooling=pooling, text=TextConfig(**text))
+    return replace(config, pooling=pooling, text=replace(config.text, **text))
 
 
 def _tokenizer(config: TrainConfig, sources: Sequence[Source], shares: Sequence[float]) -> Any:

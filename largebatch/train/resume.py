@@ -48,10 +48,12 @@ OFF: dict[str, Any] = {
     "backbone.freeze": [],
     "lora.r": 0,
     **{f"lora.{option}": value for option, value in LORA_DEFAULTS.items()},
+    "data.sources.*.task": None,
     "optim.ema": 0.0,
     "optim.layer_decay": 1.0,
     "optim.lr_batch": None,
     "optim.lr_scaling": "none",
+    "text.task": None,
 }
 """Options that were not there when older runs began, with the value that changes nothing."""
 

@@ -134,6 +134,7 @@ class _Training:
         # that it starts from, what that says.
         self.config = config = in_force(config, encoder)
         self.settings = asdict(config)
+        collectives.all_succeed(lambda: self.feed.check_prompts(encoder.tokenizer, encoder.text))
         collectives.on_main(self._write_config)
         self.best: Best | None = None
 
