@@ -281,3 +281,27 @@ def test_layers_counted_from_the_wrong_end_are_seen(plain, monkeypatch):
     monkeypatch.setattr(optimizer_module, "rate_scales", upside_down)
     with pytest.raises(AssertionError):
         assert_as_plain("positions", "ddp", plain["positions"])
+
+
+@pytest.mark.parametrize("kind", ["lora", "first layer"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pooling": "cls", "packing": "on"},  # whose last layer runs at one token of each text
+        {"pooling": "last", "packing": "off"},
+        {"checkpoint_layers": True, "packing": "off"},
+        {"checkpoint_layers": True, "packing": "on"},
+    ],
+    ids=str,
+)
+def test_the_gradient_where_layers_run_otherwise(kind, settings):
+    pooling = settings.get("pooling", "mean")
+    plain = encoder_of(kind, pooling=pooling)
+    plain._has_one_token_layer = False
+    loss, expected = full_batch_gradient(plain, tiny_loss(symmetric=True), QUERIES, DOCUMENTS)
+    for keep in ("none", "all"):
+        encoder, objective = encoder_of(kind, **settings), tiny_loss(symmetric=True)
+        step = GradCache(encoder, objective, tokens_per_chunk=40, keep=keep)
+        value = step(QUERIES, DOCUMENTS)
+        assert float(value) == pytest.approx(float(loss))
+        assert relative_error(gradients(encoder, objective), expected) < 1e-6
