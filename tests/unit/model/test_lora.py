@@ -120,3 +120,13 @@ def names_in(folder):
 def names_of(encoder, folder):
     encoder.save_pretrained(folder)
     return names_in(folder)
+
+
+def test_a_merge_that_forgets_alpha_over_r_is_seen():
+    encoder, plain = adapted(tiny_encoder()), tiny_encoder()
+    expected = embed(encoder, QUERIES).detach()
+    for module in encoder.modules():
+        if hasattr(module, "scaling"):
+            module.scaling = {"default": 1.0}
+    plain.backbone.load_state_dict(merged_state(encoder.backbone))
+    assert not torch.allclose(embed(plain, QUERIES), expected, rtol=1e-3)
