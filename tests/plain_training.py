@@ -23,7 +23,7 @@ from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
 from largebatch.train.build import build_encoder, build_objective
 from largebatch.train.feed import Feed
-from largebatch.train.optim import learning_rate
+from largebatch.train.optim import highest_rate, learning_rate
 from largebatch.world import World
 
 
@@ -69,7 +69,7 @@ def plain_losses(
         if config.optim.clip_norm:
             nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
         rate = learning_rate(
-            batch.step, config.schedule, highest=config.optim.lr, max_steps=config.max_steps
+            batch.step, config.schedule, highest=highest_rate(config), max_steps=config.max_steps
         )
         for group in optimizer.param_groups:
             group["lr"] = rate

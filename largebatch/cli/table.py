@@ -127,6 +127,14 @@ COMMANDS = {
             schema.ExportConfig,
             ("run=runs/quickstart", "run=runs/quickstart checkpoint=last output_dir=model"),
         ),
+        Command(
+            "average",
+            schema.AverageConfig,
+            (
+                "'models=[runs/a/model,runs/b/model]' output_dir=averaged",
+                "'models=[runs/a/model,runs/b/model]' method=slerp 'weights=[0.7,0.3]'",
+            ),
+        ),
     )
 }
 

@@ -17,13 +17,9 @@ def run(config: ExportConfig) -> None:
     check_replaceable(output, "modules.json")
 
     # Importing transformers takes seconds; a missing run is told at once.
-    from largebatch.model.encoder import Encoder
-    from largebatch.model.finite import check_weights
-    from largebatch.train.checkpoint import load_encoder_weights
+    from largebatch.train.restored import restored_encoder
 
-    encoder = Encoder.from_settings(folder / "backbone")
-    load_encoder_weights(checkpoints, step, encoder)
-    check_weights(encoder, f"{checkpoints}, step {step}")
+    encoder = restored_encoder(folder, step)
     with written_aside(output) as aside:
         encoder.save_pretrained(aside)
     print(f"{output}: the model after {step} steps")

@@ -94,7 +94,7 @@ def _find_text(
     config: TrainConfig, folder: Path, notes: list[str]
 ) -> tuple[TextSettings, Any | None]:
     """Return prompts, lengths and tokenizer: of the run folder, else of the checkpoint."""
-    backbone, tokenizer, given = config.backbone, None, asdict(config.text)
+    backbone, tokenizer, given = config.backbone, None, config.text.settings()
     settings = {name: value for name, value in given.items() if value is not None}
     name = str(folder) if (folder / "tokenizer_config.json").is_file() else None
     try:

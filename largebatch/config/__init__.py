@@ -12,12 +12,15 @@ from largebatch.config.model import (
     POOLINGS,
     TEMPERATURE_SCHEDULES,
     BackboneConfig,
+    LoraConfig,
     PoolingConfig,
     TemperatureConfig,
     TextConfig,
+    with_task,
 )
 from largebatch.config.objective import QUERY_DOCUMENT, ObjectiveConfig
 from largebatch.config.tools import (
+    AverageConfig,
     DataShowConfig,
     DataStatsConfig,
     DedupConfig,
@@ -31,6 +34,7 @@ from largebatch.config.tools import (
 )
 from largebatch.config.train import (
     KEEPS,
+    LR_SCALINGS,
     SCHEDULES,
     STRATEGIES,
     CheckpointConfig,
@@ -47,12 +51,14 @@ from largebatch.config.train import (
 __all__ = [
     "BENCH_STRATEGIES",
     "KEEPS",
+    "LR_SCALINGS",
     "PACKINGS",
     "POOLINGS",
     "QUERY_DOCUMENT",
     "SCHEDULES",
     "STRATEGIES",
     "TEMPERATURE_SCHEDULES",
+    "AverageConfig",
     "BackboneConfig",
     "BenchConfig",
     "CheckpointConfig",
@@ -68,6 +74,7 @@ __all__ = [
     "HardwareConfig",
     "IndexConfig",
     "LoggerConfig",
+    "LoraConfig",
     "LossOptions",
     "ObjectiveConfig",
     "OptimConfig",
@@ -84,4 +91,5 @@ __all__ = [
     "least_of",
     "longer_than",
     "suggest",
+    "with_task",
 ]

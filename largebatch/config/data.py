@@ -47,6 +47,8 @@ class SourceConfig:
     """Put before this source's queries. Unset: text.query_prompt."""
     document_prompt: str | None = None
     """Put before this source's documents and negatives. Unset: text.document_prompt."""
+    task: str | None = None
+    """What {task} in its prompts stands for, such as an instruction. Unset: text.task."""
     max_negatives: int | None = None
     """Most negatives of a record that are used; 0: none. Unset: all that it has."""
     loss: LossOptions = field(default_factory=LossOptions)
@@ -66,6 +68,8 @@ class SourceConfig:
             faults.above(f"{key}.epochs", self.epochs, 0)
         if self.max_negatives is not None:
             faults.at_least(f"{key}.max_negatives", self.max_negatives, 0)
+        if self.task is not None:
+            faults.not_empty(f"{key}.task", self.task, "name a task, or leave it out")
         if self.loss.negatives is not None:
             faults.one_of(f"{key}.loss.negatives", self.loss.negatives, NEGATIVES)
 

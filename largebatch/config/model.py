@@ -6,6 +6,8 @@ from typing import Any
 from largebatch.config.checks import Faults
 
 TEMPERATURE_SCHEDULES = ("linear", "cosine")
+TASK = "{task}"
+"""What stands for a task in a prompt; all else in it, braces too, is taken as it is."""
 PACKINGS = ("auto", "on", "off")
 POOLINGS = {
     "cls": "FirstToken",
@@ -44,6 +46,10 @@ class BackboneConfig:
     checkpoint_layers: bool = False
     """For long texts: whether each layer runs again in the backward pass, so that a chunk's graph
     holds no more than the layers' inputs. Costs one forward pass more."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts that are not trained: positions (the table of positions, as in E5), embeddings (all
+    before the layers), layers:N (the first N layers), or names of weights or modules, with
+    wildcards, as in [encoder.layer.0.attention, '*.bias']."""
 
     def __post_init__(self) -> None:
         faults = Faults()
@@ -59,7 +65,51 @@ class BackboneConfig:
             "backbone.config is for a model from scratch; with backbone.path use an experiment "
             "that has none, such as quickstart_pretrained",
         )
+        for entry in self.freeze:
+            number = entry.removeprefix("layers:")
+            faults.check(
+                bool(entry) and (number == entry or (number.isdigit() and int(number) > 0)),
+                f"backbone.freeze: {entry!r} must be positions, embeddings, layers:N with N from 1 "
+                "on, or a name",
+            )
         faults.finish()
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """LoRA (Hu et al. 2021): adapters beside the backbone's linear modules, trained for it."""
+
+    r: int = 0
+    """Rank of the adapters. 0: none, the backbone itself is trained."""
+    alpha: float = 32.0
+    """What an adapter gives is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Share of an adapter's input that is dropped."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Which modules have adapters: all-linear (every linear module of the layers), or last parts of
+    their names, as in [query, value]."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.at_least("lora.r", self.r, 0)
+        faults.above("lora.alpha", self.alpha, 0)
+        faults.check(
+            0 <= self.dropout < 1, f"lora.dropout={self.dropout} must be at least 0 and below 1"
+        )
+        faults.not_empty("lora.targets", self.targets, "name modules, or all-linear")
+        if self.r == 0:
+            for option in ("alpha", "dropout", "targets"):
+                default = LORA_DEFAULTS[option]
+                value = getattr(self, option)
+                faults.check(
+                    value == default,
+                    f"lora.{option}={value} does nothing with lora.r=0; set lora.r, for example to "
+                    "16",
+                )
+        faults.finish()
+
+
+LORA_DEFAULTS: dict[str, Any] = {"alpha": 32.0, "dropout": 0.0, "targets": ["all-linear"]}
 
 
 @dataclass(kw_only=True)
@@ -85,7 +135,8 @@ class TextConfig:
     """Prompts and lengths of the two sides; used by training, evaluation and export alike."""
 
     query_prompt: str | None = None
-    """Put before every query. Unset: the checkpoint's own prompt, or none."""
+    """Put before every query. Unset: the checkpoint's own prompt, or none. {task} in it stands for
+    the task of the query's source: data.sources.NAME.task, else text.task."""
     document_prompt: str | None = None
     """Put before every document. Unset: the checkpoint's own prompt, or none."""
     query_max_tokens: int | None = None
@@ -94,13 +145,42 @@ class TextConfig:
     document_max_tokens: int | None = None
     """Longest document in training. Evaluation and export cut both sides at the larger number.
     Unset: as the checkpoint says, else 256."""
+    task: str | None = None
+    """What {task} in a prompt stands for where a source has no task of its own, in evaluation, and
+    in the exported model."""
 
     def __post_init__(self) -> None:
         faults = Faults()
         for name in ("query_max_tokens", "document_max_tokens"):
             if (length := getattr(self, name)) is not None:
                 faults.at_least(f"text.{name}", length, 4)
+        for name in ("query_prompt", "document_prompt"):
+            prompt = getattr(self, name)
+            faults.check(
+                bool(self.task) or not has_task(prompt),
+                f"text.{name}={prompt!r} has {{task}} in it, and text.task is unset; set it to "
+                "what evaluation and the exported model are to ask for",
+            )
         faults.finish()
+
+    def settings(self) -> dict[str, Any]:
+        """Return the model's prompts, with the task in its place, and lengths."""
+        return {
+            "query_prompt": with_task(self.query_prompt, self.task),
+            "document_prompt": with_task(self.document_prompt, self.task),
+            "query_max_tokens": self.query_max_tokens,
+            "document_max_tokens": self.document_max_tokens,
+        }
+
+
+def has_task(prompt: str | None) -> bool:
+    """Return whether a prompt has a place for a task."""
+    return prompt is not None and TASK in prompt
+
+
+def with_task(prompt: str | None, task: str | None) -> str | None:
+    """Return a prompt with the task in its place, if it has one."""
+    return prompt.replace(TASK, task or "") if has_task(prompt) and prompt else prompt
 
 
 @dataclass(kw_only=True)

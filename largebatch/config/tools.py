@@ -7,6 +7,7 @@ from largebatch.config.checks import Faults, least_of
 from largebatch.config.train import DEVICES, TrainConfig
 from largebatch.errors import UserError
 
+AVERAGES = ("mean", "slerp")
 LAYOUTS = ("packed", "samples")
 
 
@@ -308,6 +309,45 @@ class ExportConfig:
         faults.not_empty("run", self.run, "name a run folder, for example run=runs/quickstart")
         if self.output_dir is not None:
             faults.not_empty("output_dir", self.output_dir, "name a folder")
+        faults.finish()
+
+
+@dataclass(kw_only=True)
+class AverageConfig:
+    """Average the weights of several models of one architecture (model soup, slerp)."""
+
+    models: list[str] = field(default_factory=list)
+    """Two or more: exported folders, or checkpoints of runs, as in
+    runs/x/checkpoints/step_00001000. Prompts and lengths are the first one's."""
+    method: str = "mean"
+    """mean (of each weight), or slerp (each tensor along the arc from one model to the next, as
+    Qwen3-Embedding does)."""
+    weights: list[float] = field(default_factory=list)
+    """What each model weighs. Unset: all alike."""
+    output_dir: str = "averaged"
+    """Gets a sentence-transformers folder."""
+    debug: bool = False
+    """Whether an error shows its traceback."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.check(
+            len(self.models) >= 2,
+            f"models={self.models} must name two or more folders, for example "
+            "models=[runs/a/model,runs/b/model]",
+        )
+        faults.one_of("method", self.method, AVERAGES)
+        faults.check(
+            len(self.weights) in (0, len(self.models)),
+            f"weights has {len(self.weights)} numbers and models {len(self.models)}; give each "
+            "model one, or leave it out",
+        )
+        for weight in self.weights:
+            faults.at_least("weights", weight, 0)
+        faults.check(
+            not self.weights or sum(self.weights) > 0, "weights are all 0; raise one of them"
+        )
+        faults.not_empty("output_dir", self.output_dir, "name a folder")
         faults.finish()
 
 

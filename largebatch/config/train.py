@@ -8,13 +8,16 @@ from largebatch.config.checks import Faults
 from largebatch.config.data import CurriculumConfig, DataConfig
 from largebatch.config.model import (
     BackboneConfig,
+    LoraConfig,
     PoolingConfig,
     TemperatureConfig,
     TextConfig,
+    has_task,
 )
 from largebatch.config.objective import ObjectiveConfig
 
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
+SCHEDULES = ("cosine", "linear", "constant", "wsd", "inverse_sqrt")
+LR_SCALINGS = ("none", "sqrt", "linear")
 PRECISIONS = ("float32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 STRATEGIES = {
@@ -42,6 +45,15 @@ class OptimConfig:
 
     lr: float = 2e-4
     """Highest learning rate."""
+    lr_scaling: str = "none"
+    """How the highest rate grows with the batch: none, sqrt (lr times the root of global_batch /
+    lr_batch) or linear (lr times global_batch / lr_batch)."""
+    lr_batch: int | None = None
+    """lr_scaling only: the global batch, in pairs, that lr is meant for."""
+    layer_decay: float = 1.0
+    """What the rate is multiplied by from layer to layer, downwards: the last layer has this times
+    lr, the one below its square, the embeddings the smallest rate; what follows the layers, pooling
+    and objective have lr itself (as in BEiT). 1: all alike."""
     weight_decay: float = 0.01
     """Decoupled decay of matrices; biases, norms and the temperature never decay."""
     beta1: float = 0.9
@@ -52,15 +64,33 @@ class OptimConfig:
     """Added to the root of the second moment."""
     clip_norm: float = 1.0
     """Largest norm of the whole gradient. 0: not clipped, only measured."""
+    ema: float = 0.0
+    """Decay of the moving average of the encoder's weights, which is then what is scored and
+    exported, for example 0.999; each step adds 1 - ema of the trained weights. 0: none. Not with
+    strategy=deepspeed."""
 
     def __post_init__(self) -> None:
         faults = Faults()
         faults.above("optim.lr", self.lr, 0)
+        faults.one_of("optim.lr_scaling", self.lr_scaling, LR_SCALINGS)
+        if self.lr_batch is not None:
+            faults.at_least("optim.lr_batch", self.lr_batch, 1)
+        faults.check(
+            (self.lr_scaling == "none") == (self.lr_batch is None),
+            f"optim.lr_scaling={self.lr_scaling} and optim.lr_batch={self.lr_batch} don't fit: the "
+            "batch that optim.lr is meant for is needed for sqrt and linear, and means nothing for "
+            "none",
+        )
+        faults.check(
+            0 < self.layer_decay <= 1,
+            f"optim.layer_decay={self.layer_decay} must be above 0 and at most 1",
+        )
         faults.at_least("optim.weight_decay", self.weight_decay, 0)
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             faults.check(0 <= beta < 1, f"optim.{name}={beta} must lie in [0, 1)")
         faults.above("optim.eps", self.eps, 0)
         faults.at_least("optim.clip_norm", self.clip_norm, 0)
+        faults.check(0 <= self.ema < 1, f"optim.ema={self.ema} must be at least 0 and below 1")
         faults.finish()
 
 
@@ -69,9 +99,10 @@ class ScheduleConfig:
     """The learning rate over the run."""
 
     name: str = "cosine"
-    """cosine, linear, constant, or wsd (warm-up, stable, decay: linear decay at the end)."""
-    warmup_steps: int = 10
-    """Steps of linear warm-up from 0."""
+    """cosine, linear, constant, wsd (warm-up, stable, decay: linear decay at the end), or
+    inverse_sqrt (the rate falls with the root of the step; it needs no end of the run)."""
+    warmup_steps: int | float = 10
+    """Steps of linear warm-up from 0. A number between 0 and 1 is a share of max_steps: 0.1."""
     decay_fraction: float = 0.2
     """wsd only: share of the run that the final decay takes."""
     final_fraction: float = 0.0
@@ -81,6 +112,16 @@ class ScheduleConfig:
         faults = Faults()
         faults.one_of("schedule.name", self.name, SCHEDULES)
         faults.at_least("schedule.warmup_steps", self.warmup_steps, 0)
+        faults.check(
+            self.warmup_steps < 1 or self.warmup_steps == int(self.warmup_steps),
+            f"schedule.warmup_steps={self.warmup_steps} must be a whole number of steps, or a "
+            "share of max_steps below 1",
+        )
+        faults.check(
+            self.name != "inverse_sqrt" or self.final_fraction == 0,
+            f"schedule.final_fraction={self.final_fraction} is nothing that schedule.name="
+            "inverse_sqrt heeds; set it to 0",
+        )
         faults.unit_interval("schedule.decay_fraction", self.decay_fraction)
         faults.unit_interval("schedule.final_fraction", self.final_fraction)
         faults.finish()
@@ -149,6 +190,10 @@ class LoggerConfig:
 
     every_steps: int = 1
     """Steps between two entries."""
+    geometry_every_steps: int = 50
+    """Steps between two looks at how the embeddings lie (train/alignment, train/uniformity,
+    train/effective_rank of about 1,024 pairs), at the next step that is logged. A model that
+    collapses is told of, once. 0: never."""
     wandb: str = "offline"
     """offline (no account needed; `wandb sync` sends it later), online or disabled."""
     project: str = "largebatch"
@@ -162,6 +207,7 @@ class LoggerConfig:
     def __post_init__(self) -> None:
         faults = Faults()
         faults.at_least("logger.every_steps", self.every_steps, 1)
+        faults.at_least("logger.geometry_every_steps", self.geometry_every_steps, 0)
         faults.one_of("logger.wandb", self.wandb, WANDB_MODES)
         faults.finish()
 
@@ -287,6 +333,7 @@ class TrainConfig:
     debug: bool = False
     """Whether an error shows its traceback."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     pooling: PoolingConfig = field(default_factory=PoolingConfig)
     text: TextConfig = field(default_factory=TextConfig)
     temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
@@ -340,6 +387,21 @@ class TrainConfig:
             f"timeout_s={self.strategy.timeout_s:g}, after which other ranks give up; lower those, "
             "or raise this",
         )
+        faults.check(
+            self.optim.ema == 0 or self.strategy.name != "deepspeed",
+            f"optim.ema={self.optim.ema} can't be used with strategy.name=deepspeed; use "
+            "strategy=ddp or strategy=fsdp, or optim.ema=0",
+        )
+        faults.check(
+            self.lora.r == 0 or self.backbone.path is not None,
+            f"lora.r={self.lora.r} adapts a pre-trained model, and backbone.path is unset; name "
+            "one, or set lora.r=0",
+        )
+        faults.check(
+            self.lora.r == 0 or not self.backbone.freeze,
+            f"backbone.freeze={self.backbone.freeze} with lora.r={self.lora.r}, which freezes all "
+            "of the backbone but its adapters; leave one of them out",
+        )
         for fault in longer_than(self.data.curriculum, vars(self.text)):
             faults.check(False, fault)
         for name, source in self.data.sources.items():
@@ -349,4 +411,29 @@ class TrainConfig:
                 self.objective.mask_duplicates or not source.mask_same_id,
                 f"data.sources.{name}.mask_same_id=true needs objective.mask_duplicates=true",
             )
+        self._check_tasks(faults)
         faults.finish()
+
+    def _check_tasks(self, faults: Faults) -> None:
+        """Note tasks that no prompt has a place for, and places without a task."""
+        text = self.text
+        prompts = [text.query_prompt, text.document_prompt]
+        for name, source in self.data.sources.items():
+            own = [source.query_prompt, source.document_prompt]
+            prompts += own
+            used = [mine or general for mine, general in zip(own, prompts[:2], strict=True)]
+            faults.check(
+                source.task is None or any(map(has_task, used)),
+                f"data.sources.{name}.task={source.task!r} has no place in a prompt; put {{task}} "
+                f"into text.query_prompt (text=e5_mistral has one), or leave out the task",
+            )
+            faults.check(
+                bool(source.task or text.task) or not any(map(has_task, own)),
+                f"data.sources.{name} has {{task}} in a prompt, and no task; set "
+                f"data.sources.{name}.task",
+            )
+        faults.check(
+            text.task is None or any(map(has_task, prompts)),
+            f"text.task={text.task!r} has no place in a prompt; put {{task}} into "
+            "text.query_prompt, or leave out the task",
+        )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
+from largebatch.model.lora import has_adapters, merged_state
 from largebatch.model.pooling import FolderModule, Pooling
 from largebatch.model.pretrained import quiet_transformers
 from largebatch.model.settings import SETTINGS_FILE, find_file
@@ -44,7 +45,10 @@ def save_sentence_transformer(parts: Parts, folder: Path) -> None:
             tensors = {name: _savable(tensor) for name, tensor in module.tensors.items()}
             save_file(tensors, folder / path / WEIGHTS_FILE)
     with quiet_transformers():
-        parts.backbone.save_pretrained(folder)
+        if has_adapters(parts.backbone):
+            parts.backbone.save_pretrained(folder, state_dict=merged_state(parts.backbone))
+        else:
+            parts.backbone.save_pretrained(folder)
 
 
 def save_settings(parts: Parts, folder: Path) -> None:

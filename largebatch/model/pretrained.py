@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,12 +86,38 @@ def new_backbone(
     ids: dict[str, Any] = {
         name: getattr(tokenizer, name)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id")
-        if name in known
+        if name in known and hasattr(tokenizer, name)
     }
     entries: dict[str, Any] = {"vocab_size": len(tokenizer), **ids, **config}
     with _explained(lambda error: UserError(f"backbone.config of {model_type}: {_reason(error)}")):
         model = _untrained(AutoConfig.for_model(model_type, **entries), attention=attention)
     return _finished(model)
+
+
+def outline(
+    name: str | None, model_type: str, config: Mapping[str, Any], *, vocab_size: int, attention: str
+) -> nn.Module:
+    """Return a backbone without numbers, on the meta device: its modules and the weights' names.
+
+    Args:
+        name: Folder or hub name; None: by `model_type` and `config`.
+        model_type: As `new_backbone`.
+        config: As `new_backbone`.
+        vocab_size: Of a tokenizer that need not be there yet.
+        attention: transformers' attention implementation.
+
+    Raises:
+        UserError: As `load_backbone` and `new_backbone`, but for the weights.
+    """
+    from transformers import AutoConfig
+
+    with torch.device("meta"):
+        if name is None:
+            return new_backbone(model_type, range(vocab_size), config=config, attention=attention)
+        check_model_folder(name)
+        with _explained(lambda error: _model_error(name, error)):
+            found = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            return _finished(_untrained(found, attention=attention))
 
 
 def load_tokenizer(name: str) -> Any:
@@ -238,6 +265,10 @@ def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and its report of unused weights while loading."""
     from transformers.utils import logging
 
+    if not torch.cuda.is_available():
+        # accelerate, which peft brings, imports deepspeed whenever a model is saved; that would
+        # print a line about there being no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

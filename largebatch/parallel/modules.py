@@ -52,7 +52,7 @@ class OptimizedModules:
         if max_norm > 0:
             factor = clip_factor(norm, max_norm)
             for gradient in gradients:
-                _local(gradient).mul_(factor)
+                local_part(gradient).mul_(factor)
         return norm
 
     def step(self, learning_rate: float) -> None:
@@ -87,7 +87,7 @@ class OptimizedModules:
     def set_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite all weights; every rank gives the whole tensors."""
         for name, tensor in self._tensors():
-            _local(tensor).copy_(_local(_as(tensors[name], tensor)))
+            local_part(tensor).copy_(local_part(as_placed(tensors[name], tensor)))
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return exp_avg.NAME, exp_avg_sq.NAME and step.NAME on rank 0, nothing elsewhere."""
@@ -131,7 +131,7 @@ class OptimizedModules:
 
     def _norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the norm over tensors, of which those that are sharded add up over ranks."""
-        sharded = [_local(tensor) for tensor in tensors if isinstance(tensor, DTensor)]
+        sharded = [local_part(tensor) for tensor in tensors if isinstance(tensor, DTensor)]
         norm = nn.utils.get_total_norm([t for t in tensors if not isinstance(t, DTensor)])
         if not sharded:
             return norm
@@ -180,7 +180,7 @@ def missing_bytes(
         if parameter.grad is None or isinstance(parameter, DTensor):
             missing += parameter.numel() * parameter.element_size()
         if not any(optimizer.state.get(parameter) for optimizer in optimizers):
-            missing += 2 * _local(parameter).nbytes
+            missing += 2 * local_part(parameter).nbytes
     return missing
 
 
@@ -209,15 +209,16 @@ def entries_of(
     for key in MOMENTS:
         # In the parameter's own order of memory, which AdamW's fused kernel takes for granted.
         entries[key] = torch.empty_like(parameter, requires_grad=False)
-        _local(entries[key]).copy_(_local(_as(tensors[f"{key}.{name}"], parameter)))
+        local_part(entries[key]).copy_(local_part(as_placed(tensors[f"{key}.{name}"], parameter)))
     return entries
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this rank has of a tensor: its shard, or all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _as(whole: Tensor, like: Tensor) -> Tensor:
+def as_placed(whole: Tensor, like: Tensor) -> Tensor:
     """Place a whole tensor as another one is: its type, device and shard."""
     whole = whole.to(like.device, like.dtype)
     if isinstance(like, DTensor):

@@ -54,6 +54,7 @@ from largebatch.step.objective import (
     Work,
 )
 from largebatch.step.passes import EarlyGather, EmbeddedChunk, Passes, do_until_done
+from largebatch.step.sample import sample_of
 from largebatch.transfer import to_device
 
 TextList = Sequence[str] | Sequence[Sequence[int]] | Texts
@@ -228,6 +229,7 @@ class GradCache:
             value.metrics,
             embeddings_ud.detach().isfinite().all(),
             self._work(prepared, embedded),
+            sample_of(batch),
         )
 
     def _embedded_batch(

@@ -27,6 +27,7 @@ from largebatch.model.encoder import Encoder
 from largebatch.parallel.collectives import Collectives
 from largebatch.step.balance import Pairs
 from largebatch.step.memory import StepMemory
+from largebatch.step.sample import EmbeddingSample
 
 if TYPE_CHECKING:
     from largebatch.config import TrainConfig
@@ -60,6 +61,8 @@ class StepReport(NamedTuple):
     """Bool scalar, whether all that this rank's encoder gave is finite."""
     work: Work
     """What it took."""
+    sample: EmbeddingSample | None = None
+    """Some of the embeddings; None: the step has none."""
 
 
 class Step(Protocol):

@@ -12,10 +12,12 @@ import torch
 
 from largebatch.config import (
     CurriculumConfig,
+    SourceConfig,
     TemperatureConfig,
     TextConfig,
     TrainConfig,
     longer_than,
+    with_task,
 )
 from largebatch.data.source import Source
 from largebatch.data.stream import TextChange, sample_texts
@@ -23,8 +25,11 @@ from largebatch.data.text import TextSettings, train_tokenizer
 from largebatch.errors import UserError
 from largebatch.files import written_aside
 from largebatch.model.encoder import Encoder
-from largebatch.model.pretrained import load_tokenizer
+from largebatch.model.freeze import freeze
+from largebatch.model.lora import add_adapters, targets_of
+from largebatch.model.pretrained import load_tokenizer, outline
 from largebatch.order.schedule import Reweighting, Schedule, SourceShape
+from largebatch.parallel.average import WeightAverage
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.make import make_strategy
 from largebatch.parallel.strategy import ENCODER, Strategy
@@ -57,8 +62,7 @@ def build_sources(config: TrainConfig, fields: Collection[str] = ()) -> list[Sou
             if data.is_drawn(name)
             else [],
             _read_fields(source.fields, fields),
-            query_prompt=source.query_prompt,
-            document_prompt=source.document_prompt,
+            **_prompts_of(source, config.text),
             max_negatives=source.max_negatives,
             loss=source.loss,
             mask_same_id=source.mask_same_id,
@@ -81,6 +85,18 @@ def _read_fields(given: Mapping[str, str], needed: Collection[str]) -> dict[str,
     if LABEL in needed:
         fields.setdefault(LABEL, AUTO)
     return fields
+
+
+def _prompts_of(source: SourceConfig, text: TextConfig) -> dict[str, str | None]:
+    """Return a source's prompts with its task in place; None: the model's own, as it is."""
+    task = source.task or text.task
+    found: dict[str, str | None] = {}
+    for name in ("query_prompt", "document_prompt"):
+        prompt = getattr(source, name)
+        if prompt is None and source.task is not None:
+            prompt = getattr(text, name)
+        found[name] = with_task(prompt, task)
+    return found
 
 
 def build_schedule(config: TrainConfig, sources: Sequence[Source]) -> Schedule:
@@ -214,6 +230,35 @@ def build_step(
     return strategy, step
 
 
+def build_average(config: TrainConfig, strategy: Strategy) -> WeightAverage | None:
+    """Return the moving average of the weights, if the config asks for one."""
+    if config.optim.ema == 0:
+        return None
+    return WeightAverage(strategy, config.optim.ema)
+
+
+def check_parts(config: TrainConfig) -> None:
+    """Check that the backbone has what is to be frozen or adapted, before anything is read of it.
+
+    Raises:
+        UserError: It has not, or it can't be used.
+    """
+    backbone = config.backbone
+    if not (backbone.freeze or config.lora.r):
+        return
+    found = outline(
+        backbone.path,
+        backbone.model_type,
+        backbone.config,
+        vocab_size=backbone.vocab_size,
+        attention=backbone.attention,
+    )
+    if config.lora.r:
+        targets_of(found, config.lora.targets)
+    else:
+        freeze(found, backbone.freeze)
+
+
 def build_encoder(
     config: TrainConfig,
     folder: Path,
@@ -226,14 +271,39 @@ def build_encoder(
 ) -> Encoder:
     """Return the encoder, untrained if its weights come from a checkpoint; called by all ranks.
 
-    A tokenizer that is trained here sees the sources by their shares; `marks_words` is whether its
-    tokens tell where words begin.
-    `folder` keeps its architecture and tokenizer, so that resuming and exporting need neither the
+    Parts that are not trained are frozen, and adapters are in place. A tokenizer that is trained
+    here sees the sources by their shares; `marks_words` is whether its tokens tell where words
+    begin. `folder` keeps its architecture and tokenizer, so that resuming and exporting need neither the
     hub nor the folder that the run started from.
 
     Raises:
         UserError: The model or its tokenizer can't be used.
     """
+    encoder = _whole_encoder(
+        config,
+        folder,
+        collectives,
+        resumes=resumes,
+        sources=sources,
+        shares=shares,
+        marks_words=marks_words,
+    )
+    freeze(encoder.backbone, config.backbone.freeze)
+    if config.lora.r:
+        add_adapters(encoder.backbone, config.lora)
+    return encoder
+
+
+def _whole_encoder(
+    config: TrainConfig,
+    folder: Path,
+    collectives: Collectives,
+    *,
+    resumes: bool,
+    sources: Sequence[Source],
+    shares: Sequence[float],
+    marks_words: bool,
+) -> Encoder:
     backbone = config.backbone
     how: dict[str, Any] = {
         "attention": backbone.attention,
@@ -244,7 +314,7 @@ def build_encoder(
     given = {
         "pooling": config.pooling.mode,
         "normalize": config.pooling.normalize,
-        **asdict(config.text),
+        **config.text.settings(),
     }
     if resumes:
         return Encoder.from_settings(folder, **how)
@@ -281,9 +351,14 @@ def _save_settings(encoder: Encoder, folder: Path) -> None:
 
 def in_force(config: TrainConfig, encoder: Encoder) -> TrainConfig:
     """Return the config with its encoder's settings, where it leaves them to the checkpoint."""
-    text = {name: getattr(encoder.text, name) for name in asdict(config.text)}
+    # A prompt with a place for a task stays as it is: sources fill it in their own ways.
+    text = {
+        name: getattr(encoder.text, name)
+        for name in config.text.settings()
+        if getattr(config.text, name) is None
+    }
     pooling = replace(config.pooling, mode=encoder.pooling.name, normalize=encoder.normalize)
-    return replace(config, pooling=pooling, text=TextConfig(**text))
+    return replace(config, pooling=pooling, text=replace(config.text, **text))
 
 
 def _tokenizer(

@@ -6,6 +6,7 @@ of the tensors don't depend on the strategy.
 
     checkpoints/step_00000100/weights.safetensors     encoder.*, objective.*
                               optimizer.safetensors   exp_avg.NAME, exp_avg_sq.NAME, step.NAME
+                              average.safetensors     encoder.*, with optim.ema: those trained
                               random.safetensors      cpu.RANK, cuda.RANK
                               state.json              step, world size, config, versions, and
                                                       the best one's step and dev score so far
@@ -26,11 +27,13 @@ from torch import Tensor, nn
 
 from largebatch.errors import UserError
 from largebatch.files import written_aside
+from largebatch.parallel.average import WeightAverage
 from largebatch.parallel.optimizer import MOMENTS
 from largebatch.parallel.strategy import Strategy
 from largebatch.world import World
 
 FORMAT = 3
+AVERAGE_FILE = "average.safetensors"
 Kind = type | tuple[type, ...]
 DETAILS: dict[str, Kind] = {
     "step": int,
@@ -46,11 +49,17 @@ class Tensors(NamedTuple):
 
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
+    average: Mapping[str, Tensor] | None = None
+    """The moving average of the encoder's trained weights; None: the run has none."""
 
     @classmethod
-    def of(cls, strategy: Strategy) -> "Tensors":
+    def of(cls, strategy: Strategy, average: WeightAverage | None = None) -> "Tensors":
         """Gather them; called by all ranks, and empty on all but rank 0."""
-        return cls(strategy.weights(), strategy.optimizer_state())
+        return cls(
+            strategy.weights(),
+            strategy.optimizer_state(),
+            None if average is None else average.tensors(),
+        )
 
 
 class Best(NamedTuple):
@@ -99,6 +108,8 @@ def save_checkpoint(
         aside.mkdir()
         save_file(_savable(tensors.weights), aside / "weights.safetensors")
         save_file(_savable(tensors.optimizer), aside / "optimizer.safetensors")
+        if tensors.average is not None:
+            save_file(_savable(tensors.average), aside / AVERAGE_FILE)
         save_file(
             {
                 f"{name}.{rank}": tensor
@@ -172,8 +183,20 @@ def load_weights(folder: Path, step: int, strategy: Strategy) -> None:
     strategy.set_weights(tensors)
 
 
+def load_average(folder: Path, step: int, average: WeightAverage) -> None:
+    """Restore the moving average of the weights; called by all ranks.
+
+    Raises:
+        UserError: The checkpoint is damaged, or is of another model.
+    """
+    path = checkpoint_path(folder, step) / AVERAGE_FILE
+    tensors = _load(path)
+    _check(path, tensors, average.shapes(), floats=average.shapes())
+    average.set_tensors(tensors)
+
+
 def load_encoder_weights(folder: Path, step: int, encoder: nn.Module) -> None:
-    """Restore the encoder alone, as for an export.
+    """Restore the encoder alone, as for an export; averaged where the run averages its weights.
 
     Raises:
         UserError: The checkpoint is damaged, or is of another model.
@@ -184,6 +207,8 @@ def load_encoder_weights(folder: Path, step: int, encoder: nn.Module) -> None:
         for name, tensor in _load(path).items()
         if name.startswith("encoder.")
     }
+    if (averages := checkpoint_path(folder, step) / AVERAGE_FILE).is_file():
+        own |= {name.removeprefix("encoder."): t for name, t in _load(averages).items()}
     try:
         encoder.load_state_dict(own)
     except RuntimeError as error:

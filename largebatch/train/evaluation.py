@@ -1,13 +1,15 @@
 """Retrieval evaluation inside a run: ranks share the work."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from largebatch.errors import UserError
 from largebatch.evaluate.beir import RetrievalSet, load_retrieval_set
 from largebatch.evaluate.retrieval import evaluate_encoder
+from largebatch.model.encoder import Encoder
 from largebatch.out_of_memory import ends_with
-from largebatch.parallel.strategy import Strategy
+from largebatch.parallel.collectives import Collectives
 
 
 def load_sets(folders: Mapping[str, str], *, option: str) -> dict[str, RetrievalSet]:
@@ -29,13 +31,20 @@ class Evaluation:
     """Scores an encoder in training, on all ranks together.
 
     Args:
-        strategy: Holds the encoder, which is left in the mode that it was in.
+        collectives: How ranks reach each other.
+        whole: Gives the encoder that is scored, whole on this rank; it is left in the mode that it
+            was in.
         tokens_per_chunk: Most padded tokens that go through the encoder at once.
     """
 
-    def __init__(self, strategy: Strategy, tokens_per_chunk: int) -> None:
-        self.strategy = strategy
-        self.collectives = strategy.collectives
+    def __init__(
+        self,
+        collectives: Collectives,
+        whole: Callable[[], AbstractContextManager[Encoder]],
+        tokens_per_chunk: int,
+    ) -> None:
+        self.collectives = collectives
+        self.whole = whole
         self.tokens_per_chunk = tokens_per_chunk
 
     def score(self, retrieval_set: RetrievalSet) -> dict[str, float]:
@@ -53,7 +62,7 @@ class Evaluation:
             )
 
         # A rank's number of chunks is its own, so it must not wait for others' shares of weights.
-        with ends_with(ran_out), self.strategy.whole() as encoder:
+        with ends_with(ran_out), self.whole() as encoder:
             return evaluate_encoder(
                 encoder,
                 retrieval_set,

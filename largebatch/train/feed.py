@@ -18,6 +18,7 @@ from largebatch.step.objective import SourceNote
 from largebatch.train.build import build_schedule, build_sources, text_changes
 from largebatch.world import World
 
+SIDES = ("query", "document")
 SHARE_OF_AT_LEAST = 1_000_000
 """Pairs that `data.max_skipped_share` is a share of at the beginning of a run."""
 
@@ -99,6 +100,28 @@ class Feed:
                     raise UserError(
                         f"{key}: objective.name={name} needs {_NEEDED[field].format(key=key)}"
                     )
+
+    def check_prompts(self, tokenizer: Any, text: TextSettings) -> None:
+        """Check that each prompt leaves room for a text.
+
+        Raises:
+            UserError: One does not; names the source and the option of the length.
+        """
+        for change in text_changes(text, self.config.data.curriculum):
+            place = "data.curriculum.*" if change.from_step else "text"
+            for source, is_drawn in zip(self.sources, self.schedule.is_drawn, strict=True):
+                for side, prompt in zip(SIDES, source.prompts(change.text), strict=True):
+                    if not prompt or not is_drawn:
+                        continue
+                    most = change.text.max_tokens(side)
+                    number = len(tokenizer(prompt)["input_ids"])
+                    if number >= most:
+                        raise UserError(
+                            f"data.sources.{source.name}: the {side} prompt {prompt!r} takes "
+                            f"{number} tokens, special ones included, so that {place}."
+                            f"{side}_max_tokens={most} leaves none for the text; raise that, or "
+                            "shorten the prompt"
+                        )
 
     def _has(self, field: str, source: Source) -> bool:
         """Whether any record of the first segment has negatives, scores or a label to be used."""

@@ -13,7 +13,9 @@ from largebatch.errors import UserError
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.strategy import Strategy
 from largebatch.step.objective import Objective
+from largebatch.step.sample import EmbeddingSample
 from largebatch.train.checkpoint import list_checkpoints
+from largebatch.train.collapse import look_at, why_collapsed
 from largebatch.train.memory import peak_memory_gib
 from largebatch.train.names import LOOP_METRICS
 from largebatch.train.step import StepResult
@@ -44,10 +46,13 @@ class StepMeter:
         """Pairs that all ranks skipped in what `read` read last."""
         self.of_steps: dict[int, dict[str, float]] = {}
         """The objective's metrics of each step, from 1, in what `read` read last."""
+        self.collapse: str | None = None
+        """What a person should be told of the embeddings that were looked at last."""
         self._start()
 
     def _start(self) -> None:
         self._results: list[StepResult] = []
+        self._sample: EmbeddingSample | None = None
         self._num_truncated = 0
         self._num_texts = 0
         self._num_skipped_here = 0
@@ -77,7 +82,9 @@ class StepMeter:
 
     def add(self, batch: RankBatch, result: StepResult) -> None:
         """Note a step."""
-        self._results.append(result)
+        # The last step's sample is enough: those of all would add up.
+        self._sample = result.report.sample
+        self._results.append(result._replace(report=result.report._replace(sample=None)))
         self._num_truncated += batch.num_truncated
         self._num_skipped_here += batch.num_skipped
         self._num_texts += sum(
@@ -146,7 +153,19 @@ class StepMeter:
             "train/elapsed_s": self.elapsed_s,
         }
         assert values.keys() - LOOP_METRICS == {f"train/{name}" for name in metrics}
+        values |= self._look(first, step)
         self._start()
+        return values
+
+    def _look(self, first: int, last: int) -> dict[str, float]:
+        """Return how the last step's embeddings lie, if a look at them is due."""
+        every, sample = self._config.logger.geometry_every_steps, self._sample
+        if not every or sample is None or (first > 1 and last // every == (first - 1) // every):
+            return {}
+        values = look_at(sample, self._collectives)
+        most = min(2 * sum(sample.counts), sample.queries_rd.shape[1])
+        # A model that has just begun may be anywhere.
+        self.collapse = why_collapsed(values, most=most) if last >= every else None
         return values
 
     def _check_finite(

@@ -5,7 +5,8 @@ LOOP_METRICS = frozenset(
     for name in (
         "loss", "lr", "grad_norm", "param_norm", "pairs_per_s", "tokens_per_s", "forwards",
         "padding_share", "imbalance", "truncated_share", "data_wait_share", "memory_gib",
-        "pairs_seen", "eta_s", "elapsed_s", "epoch", "skipped_pairs",
+        "pairs_seen", "eta_s", "elapsed_s", "epoch", "skipped_pairs", "alignment", "uniformity",
+        "effective_rank",
     )
 )  # fmt: skip
 """What is logged of every run, whatever it optimizes."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from largebatch.config import TrainConfig
+from largebatch.config.model import LORA_DEFAULTS
 from largebatch.errors import UserError
 from largebatch.files import bring_back
 from largebatch.train.checkpoint import Kind, damaged, list_checkpoints, read_details
@@ -42,6 +43,19 @@ MAY_CHANGE = (
 
 NEWER = ("data.sources.*.mask_same_id",)
 """Options that were not there when older runs began; those go on with what is set now."""
+
+OFF: dict[str, Any] = {
+    "backbone.freeze": [],
+    "lora.r": 0,
+    **{f"lora.{option}": value for option, value in LORA_DEFAULTS.items()},
+    "data.sources.*.task": None,
+    "optim.ema": 0.0,
+    "optim.layer_decay": 1.0,
+    "optim.lr_batch": None,
+    "optim.lr_scaling": "none",
+    "text.task": None,
+}
+"""Options that were not there when older runs began, with the value that changes nothing."""
 
 AS_BEGUN = ("pooling.*", "text.*")
 """Options that a checkpoint answers where they are unset: a run that goes on has its answers."""
@@ -108,7 +122,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, folder: str) -
         for key in sorted(old.keys() | new.keys())
         if old.get(key, "unset") != new.get(key, "unset")
         and not _is_among(key, MAY_CHANGE)
-        and not (key not in old and _is_among(key, NEWER))
+        and not (key not in old and (_is_among(key, NEWER) or _is_off(key, new[key])))
         and not (new.get(key, "unset") is None and _is_among(key, AS_BEGUN))
     ]
     if differences:
@@ -116,6 +130,10 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, folder: str) -
             f"{folder} holds a run with another config ({'; '.join(differences)}); set these back "
             "to resume it, or choose another output_dir"
         )
+
+
+def _is_off(key: str, value: Any) -> bool:
+    return any(fnmatchcase(key, option) and value == off for option, off in OFF.items())
 
 
 def _is_among(key: str, options: Sequence[str]) -> bool:

@@ -17,7 +17,7 @@ from largebatch.out_of_memory import ends_with
 from largebatch.parallel.strategy import Strategy
 from largebatch.phases import phase
 from largebatch.step.objective import Objective, Step, StepReport
-from largebatch.train.optim import learning_rate
+from largebatch.train.optim import highest_rate, learning_rate
 
 OPTIMIZER_RAN_OUT = (
     "the optimizer ran out of memory, which holds two numbers for each weight beside its gradient: "
@@ -44,7 +44,7 @@ def train_step(
 ) -> StepResult:
     """Take one optimizer step on a global batch, of which `batch` is this rank's part."""
     rate = learning_rate(
-        batch.step, config.schedule, highest=config.optim.lr, max_steps=config.max_steps
+        batch.step, config.schedule, highest=highest_rate(config), max_steps=config.max_steps
     )
     report = engine.accumulate(batch)
     with phase("optimizer"), ends_with(lambda: OPTIMIZER_RAN_OUT):

@@ -29,10 +29,18 @@ from largebatch.parallel.collectives import Collectives
 from largebatch.phases import phase
 from largebatch.step.dropout import rank_seed
 from largebatch.step.memory import KeepPlan
-from largebatch.train.build import build_encoder, build_objective, build_step, in_force
+from largebatch.train.build import (
+    build_average,
+    build_encoder,
+    build_objective,
+    build_step,
+    check_parts,
+    in_force,
+)
 from largebatch.train.checkpoint import (
     Best,
     Tensors,
+    load_average,
     load_best,
     load_optimizer,
     load_random_state,
@@ -45,6 +53,7 @@ from largebatch.train.evaluation import Evaluation, load_sets
 from largebatch.train.feed import Feed
 from largebatch.train.loggers import METRICS_FILE, RunLog, drop_entries, read_metrics
 from largebatch.train.metrics import StepMeter
+from largebatch.train.optim import rate_in_force
 from largebatch.train.plots import draw_plots
 from largebatch.train.process import connected
 from largebatch.train.report import print_lines
@@ -100,6 +109,8 @@ class _Training:
         # What is optimized. It comes first, since it says what it needs of the data.
         torch.manual_seed(config.seed)
         self.objective = build_objective(config)
+        if self.first_step == 0:
+            collectives.all_succeed(lambda: check_parts(config))
 
         # Data. Sets and shards are looked at before anything expensive.
         self.feed = Feed(
@@ -130,6 +141,7 @@ class _Training:
         # that it starts from, what that says.
         self.config = config = in_force(config, encoder)
         self.settings = asdict(config)
+        collectives.all_succeed(lambda: self.feed.check_prompts(encoder.tokenizer, encoder.text))
         collectives.on_main(self._write_config)
         self.best: Best | None = None
 
@@ -142,15 +154,18 @@ class _Training:
             device,
             resumes=self.first_step > 0,
         )
+        self.average = build_average(config, self.strategy)
         self.restore()
-        self.evaluation = Evaluation(self.strategy, config.eval.batch_tokens)
+        # What is scored and exported.
+        self.whole = self.strategy.whole if self.average is None else self.average.whole
+        self.evaluation = Evaluation(collectives, self.whole, config.eval.batch_tokens)
 
     def restore(self) -> None:
         """Load the last checkpoint, or begin."""
         if self.first_step == 0:
             torch.manual_seed(rank_seed(self.config.seed, self.world.rank, 0))
             return
-        load_weights(self.checkpoints, self.first_step, self.strategy)
+        self._load_weights(self.first_step)
         load_optimizer(self.checkpoints, self.first_step, self.strategy)
         details = read_run_details(self.checkpoints, self.first_step)
         self.feed.check_same_data(details["shards"])
@@ -172,6 +187,11 @@ class _Training:
                     f"what {option} names is not what {self.folder} was trained with so far; bring "
                     "it back, or choose another output_dir"
                 )
+
+    def _load_weights(self, step: int) -> None:
+        load_weights(self.checkpoints, step, self.strategy)
+        if self.average is not None:
+            load_average(self.checkpoints, step, self.average)
 
     def _restore_memory(self, details: dict[str, Any]) -> None:
         """Use again what was measured or halved: the run goes on with the same numbers."""
@@ -229,7 +249,7 @@ class _Training:
         save_every = config.checkpoint.every_steps or max(config.max_steps // 10, 1)
         meter = StepMeter(self.device, self.collectives, config, self.elapsed_before_s)
         batches = self.feed.batches(self.encoder.tokenizer, self.encoder.text)
-        has_warned = False
+        has_warned = has_told_of_collapse = False
         for step in range(self.first_step + 1, config.max_steps + 1):
             # Loader processes read and tokenize ahead: to wait here means that they are too slow.
             with meter.waiting_for_data(), phase("data"):
@@ -245,6 +265,8 @@ class _Training:
                 strategy=self.strategy,
                 config=config,
             )
+            if self.average is not None:
+                self.average.update()
             meter.add(batch, result)
             last = step == config.max_steps
             evaluates = bool(self.dev_sets) and (step % eval_every == 0 or last)
@@ -256,6 +278,10 @@ class _Training:
                 self.feed.count_skipped(step, meter.num_skipped)
                 if not has_warned:
                     has_warned = self._warn(meter)
+                if meter.collapse is not None and not has_told_of_collapse:
+                    has_told_of_collapse = True
+                    if self.world.is_main:
+                        log.warning("warning: step %d: %s", step, meter.collapse)
                 self._log(step, values | self.feed.metrics(step))
             # Scores and checkpoints leave the figures of speed alone.
             improved = False
@@ -290,10 +316,10 @@ class _Training:
         if self.config.checkpoint.keep_best and self.best is not None:
             step = self.best.step
         if step != last:
-            load_weights(self.checkpoints, step, self.strategy)
+            self._load_weights(step)
         scores = self._score({**self.dev_sets, **self.test_sets})
         self._log(last, {key: scores[key] for key in scores if self._is_of_tests([key])})
-        with self.strategy.whole() as encoder:
+        with self.whole() as encoder:
             self.collectives.on_main(lambda: self._write_results(encoder, step))
         return Result(last, step, scores)
 
@@ -356,7 +382,7 @@ class _Training:
 
     def _save(self, step: int, elapsed_s: float) -> None:
         random_states = self.collectives.gather_objects(read_random_state(self.device))
-        tensors = Tensors.of(self.strategy)
+        tensors = Tensors.of(self.strategy, self.average)
         engine = self._engine()
 
         def write() -> None:
@@ -412,11 +438,24 @@ class _Training:
         """Tell what was derived from the config."""
         config = self.config
         millions = self.strategy.num_parameters / 1e6
+        total = sum(shape.numel() for shape in self.strategy.shapes().values()) / 1e6
+        frozen = []
+        if config.backbone.freeze or config.lora.r:
+            frozen = [f"backbone: {total - millions:.1f}M more are as they came, not trained"]
+        averaged = []
+        if self.average is not None:
+            averaged = [
+                f"weights: their moving average (optim.ema={config.optim.ema:g}) is scored and "
+                "exported, not the trained ones themselves"
+            ]
         ranks = "1 rank" if self.world.size == 1 else f"{self.world.size} ranks"
         return [
             f"{config.name}: {millions:.1f}M parameters, steps {self.first_step + 1} to "
             f"{config.max_steps}, {ranks} on {self.device.type}, {torch.get_num_threads()} threads "
             "each",
+            rate_in_force(config),
+            *frozen,
+            *averaged,
             *self.feed.plan(),
         ]
 

@@ -62,7 +62,8 @@ def test_experiment_file_opens_with_command_hardware_and_result(name):
 
 @pytest.mark.parametrize(("group", "choice"), choices)
 def test_every_choice_composes_and_passes_its_checks(group, choice):
-    needed = ["backbone.path=folder"] if (group, choice) == ("backbone", "pretrained") else []
+    needs_path = {("backbone", "pretrained"), ("lora", "all_linear")}
+    needed = ["backbone.path=folder"] if (group, choice) in needs_path else []
     needed += [] if (group, choice) == ("data", "code") else [SOURCE]
     with open_presets(TRAIN) as presets:
         build(TRAIN.config_class, compose(presets, [f"{group}={choice}", *needed]))

@@ -159,7 +159,7 @@ def test_a_scale_makes_any_experiment_small(trained):
         (["train", "output_dir=${USER}"], "the environment variable is ${oc.env:USER}"),
         (["train", "output_dir=${oc.env:NO_SUCH}"], "output_dir: Environment variable 'NO_SUCH'"),
         (["train", "data.sources=5"], "data.sources=5 must be a mapping"),
-        (["train", "text=5"], "text=5 must be a group of options (query_prompt, "),
+        (["train", "checkpoint=5"], "checkpoint=5 must be a group of options (every_steps, "),
         (["train", "scale=smoek"], "did you mean smoke? (choices: smoke)"),
         (["export", "debug=smoke"], "debug=smoke must be true or false"),
         (["train", "global_batch==3"], "'global_batch==3' cannot be read as option=value"),

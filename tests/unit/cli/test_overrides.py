@@ -102,12 +102,15 @@ def test_what_a_reference_stands_for_stays_as_it_is():
     [
         (["eval.test=${name}"], "eval.test must be a mapping, such as {name: value}, and what it"),
         (["data.sources.b=${name}"], "data.sources.b must be a group of options"),
-        (["text=${optim}"], "text must be a group of options"),
+        (["checkpoint=${optim}"], "checkpoint must be a group of options"),
         (["optim.lr=${name}"], "optim.lr must be a number, and what it refers to is run"),
         (["data.curriculum=${optim}"], "data.curriculum must be a group of options (from_step, "),
         (["eval.test=${name}", "eval.test.a=x"], "eval.test=run must be a mapping"),
         (["eval.test=${name}", "+eval.test={a: x}"], "eval.test=run must be a mapping"),
-        (["text=${name}", "text.query_prompt=x"], "text=run must be a group of options"),
+        (
+            ["checkpoint=${name}", "checkpoint.keep_last=2"],
+            "checkpoint=run must be a group of options",
+        ),
         (["eval.test=${its}", "eval.test.a=x"], "eval.test.a=x: Interpolation key 'its' not found"),
     ],
 )

@@ -23,4 +23,4 @@ def test_memory_that_runs_out_is_told_in_one_line():
     strategy = SimpleNamespace(whole=too_large, collectives=Collectives())
     tiny = RetrievalSet("tiny", {"d": "text"}, {"q": "text"}, {"q": {"d": 1}})
     with pytest.raises(UserError, match=r"scoring tiny ran out of memory.*eval\.batch_tokens=64"):
-        Evaluation(strategy, 64).score(tiny)
+        Evaluation(strategy.collectives, strategy.whole, 64).score(tiny)

@@ -148,6 +148,7 @@ def test_a_run_from_a_checkpoint_is_as_the_checkpoint_says_unless_told(data, who
         encoder = Encoder.from_pretrained(folder / "model")
         config = yaml.safe_load((folder / "config.yaml").read_text())
         assert config["pooling"] == {"mode": encoder.pooling.name, "normalize": encoder.normalize}
+        assert config["text"].pop("task") is None
         for name, value in config["text"].items():
             assert getattr(encoder.text, name) == value
         return encoder.pooling.name, encoder.normalize, encoder.text.query_max_tokens
