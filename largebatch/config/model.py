@@ -34,6 +34,9 @@ class BackboneConfig:
     attention: str = "sdpa"
     """transformers' attention implementation: sdpa (eager where the architecture has none), eager,
     flash_attention_2, ..."""
+    bidirectional: bool | None = None
+    """Whether the tokens of a decoder see those behind them too: the causal mask is taken out, and
+    sliding windows reach to both sides. Unset: as the checkpoint's config says."""
     packing: str = "auto"
     """Whether texts go through the backbone in one row, without padding, which gives the same
     embeddings: auto (where it is faster), on or off."""

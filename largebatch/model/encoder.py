@@ -109,11 +109,14 @@ class Encoder(nn.Module):
         compile: Whether torch.compile compiles the layers. Texts are then padded.
         checkpoint_layers: Whether each layer runs again in the backward pass, so that the graph
             holds little more than the layers' inputs.
+        bidirectional: Whether the tokens of a decoder see those behind them too; its sliding
+            windows then reach to both sides. None: as the backbone's config says.
 
     Raises:
         UserError: The pooling or packing is unknown, the tokenizer has tokens that the backbone
-            lacks, a maximum length is beyond the backbone's positions, or the backbone can't be
-            trained, compiled or checkpointed here.
+            lacks, a maximum length is beyond the backbone's positions, the backbone can't be
+            trained, compiled, checkpointed or made bidirectional here, or its first token, which
+            is to be the embedding, sees no other.
     """
 
     def __init__(
@@ -132,6 +135,7 @@ class Encoder(nn.Module):
         packing: str = "auto",
         compile: bool = False,  # noqa: A002
         checkpoint_layers: bool = False,
+        bidirectional: bool | None = None,
     ) -> None:
         super().__init__()
         if packing not in PACKINGS:
@@ -158,13 +162,20 @@ class Encoder(nn.Module):
             tokenizer.pad_token = pad_token_of(tokenizer)
         check_fit(backbone, tokenizer, self.text)
         known = set(tokenizer.get_vocab().values())
-        hidden_width = check_backbone(
+        probed = check_backbone(
             backbone,
             token_ids=sorted(known - set(tokenizer.all_special_ids) or known),
             pad_id=self.pad_id,
             longest=self.text.encode_max_tokens,
+            bidirectional=bidirectional,
         )
-        self.pooling = make_pooling(hidden_width)
+        self.pooling = make_pooling(probed.hidden_width)
+        if self.pooling.token == "first" and probed.is_causal:
+            raise UserError(
+                f"pooling.mode={self.pooling.name}: the first token of {type(backbone).__name__} "
+                "sees no other, so that all texts would be alike; use pooling.mode=last or mean, "
+                "or backbone.bidirectional=true"
+            )
         self.embedding_width = self.pooling.width
         """Width d of an embedding."""
         # Compiled layers share one graph, which would leave out the last layer's hooks.
@@ -199,7 +210,7 @@ class Encoder(nn.Module):
         What is not given is as the folder's sentence-transformers settings say, else as the
         defaults of the constructor, lengths as far as the model has positions; what is given
         instead is told in a warning. Code of the folder is never run; weights are safetensors.
-        `how` is packing, compile and checkpoint_layers, as in the constructor.
+        `how` is packing, compile, checkpoint_layers and bidirectional, as in the constructor.
 
         Raises:
             UserError: There is no such model, it has no safetensors, a weight is not finite, or its

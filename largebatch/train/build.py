@@ -187,6 +187,7 @@ def build_encoder(
         "packing": backbone.packing,
         "compile": backbone.compile,
         "checkpoint_layers": backbone.checkpoint_layers,
+        "bidirectional": backbone.bidirectional,
     }
     given = {
         "pooling": config.pooling.mode,
@@ -212,6 +213,7 @@ def build_encoder(
                 _tokenizer(config, sources, shares),
                 config=backbone.config,
                 attention=backbone.attention,
+                bidirectional=backbone.bidirectional,
                 **{name: value for name, value in given.items() if value is not None},
             ),
             folder,
