@@ -96,6 +96,11 @@ class TextConfig:
     document_max_tokens: int | None = None
     """Longest document in training. Evaluation and export cut both sides at the larger number.
     Unset: as the checkpoint says, else 256."""
+    append_eos: bool | None = None
+    """Whether each text ends in a fixed token, as `last` pooling wants it: the tokenizer's own
+    (BERT's [SEP]), or, where it adds none (GPT-2, Llama, Mistral), its eos_token, which is then
+    part of the exported tokenizer. Unset: as the tokenizer does; where `last` pooling finds no such
+    token, a line says so."""
 
     def __post_init__(self) -> None:
         faults = Faults()

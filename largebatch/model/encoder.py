@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from largebatch.batch import Chunk, IntArray, Texts
 from largebatch.config import PACKINGS
-from largebatch.data.text import TextSettings, lower_texts, pad_token_of, tokenize
+from largebatch.data.text import (
+    TextSettings,
+    end_token_of,
+    lower_texts,
+    pad_token_of,
+    set_text_end,
+    tokenize,
+)
 from largebatch.errors import UserError
 from largebatch.model.attention import (
     known_padding,
@@ -104,6 +111,8 @@ class Encoder(nn.Module):
         default_side: query or document: whose prompt an exported folder puts before a text of
             which sentence-transformers is not told the side. None: no prompt.
         lower_case: Whether texts are put in lower case, whatever the tokenizer does by itself.
+        append_eos: Whether each text ends in a fixed token: the tokenizer's own, else its
+            eos_token. None: as the tokenizer does, with a warning where `last` finds none.
         packing: Whether texts go through the backbone in one row without padding, which gives the
             same embeddings: on (where the backbone allows it), off, or auto (where it is faster).
         compile: Whether torch.compile compiles the layers. Texts are then padded.
@@ -132,6 +141,7 @@ class Encoder(nn.Module):
         document_max_tokens: int = 256,
         default_side: str | None = None,
         lower_case: bool = False,
+        append_eos: bool | None = None,
         packing: str = "auto",
         compile: bool = False,  # noqa: A002
         checkpoint_layers: bool = False,
@@ -152,12 +162,15 @@ class Encoder(nn.Module):
             query_max_tokens=query_max_tokens,
             document_max_tokens=document_max_tokens,
             default_side=default_side,
+            append_eos=append_eos,
         )
         self.lower_case = lower_case
         self.autocast_dtype: torch.dtype | None = None
         """Set to bfloat16 for mixed precision in the backbone."""
         if lower_case:
             lower_texts(tokenizer)
+        if append_eos is not None:
+            set_text_end(tokenizer, append_eos=append_eos)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = pad_token_of(tokenizer)
         check_fit(backbone, tokenizer, self.text)
@@ -176,6 +189,13 @@ class Encoder(nn.Module):
                 "sees no other, so that all texts would be alike; use pooling.mode=last or mean, "
                 "or backbone.bidirectional=true"
             )
+        if self.pooling.token == "last" and append_eos is None and end_token_of(tokenizer) is None:
+            log.warning(
+                "pooling.mode=%s: the tokenizer ends texts in no fixed token, so that the last "
+                "word of a text stands for all of it; text.append_eos=true appends %s, "
+                "text.append_eos=false says that it is meant",
+                self.pooling.name, tokenizer.eos_token or "an eos_token",
+            )  # fmt: skip
         self.embedding_width = self.pooling.width
         """Width d of an embedding."""
         # Compiled layers share one graph, which would leave out the last layer's hooks.
@@ -201,6 +221,7 @@ class Encoder(nn.Module):
         document_prompt: str | None = None,
         query_max_tokens: int | None = None,
         document_max_tokens: int | None = None,
+        append_eos: bool | None = None,
         tokenizer: str | Path | None = None,
         attention: str = "sdpa",
         **how: Any,
@@ -226,6 +247,7 @@ class Encoder(nn.Module):
             "document_prompt": document_prompt,
             "query_max_tokens": query_max_tokens,
             "document_max_tokens": document_max_tokens,
+            "append_eos": append_eos,
         }
         settings = merged_settings(name, **given)
         own_tokenizer = tokenizer_of(name, tokenizer)

@@ -13,7 +13,7 @@ from torch import Tensor
 from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
 from largebatch.model.pooling import FolderModule, Pooling
-from largebatch.model.pretrained import quiet_transformers
+from largebatch.model.pretrained import load_tokenizer, quiet_transformers
 from largebatch.model.settings import SETTINGS_FILE, find_file
 
 WEIGHTS_FILE = "model.safetensors"
@@ -57,7 +57,7 @@ def save_settings(parts: Parts, folder: Path) -> None:
     # sentence-transformers doesn't pass.
     tokenizer.padding_side = "right"
     tokenizer.model_max_length = text.encode_max_tokens
-    tokenizer.save_pretrained(folder)
+    _save_tokenizer(tokenizer, folder)
     tokenizer.padding_side, tokenizer.model_max_length = kept
 
     pooling_modules = parts.pooling.folder_modules()
@@ -97,6 +97,8 @@ def save_settings(parts: Parts, folder: Path) -> None:
         "query_max_tokens": text.query_max_tokens,
         "document_max_tokens": text.document_max_tokens,
     }
+    if text.append_eos is not None:
+        own["append_eos"] = text.append_eos
     if len(pooling_modules) > 1:
         own["pooling"] = parts.pooling.name
     _write(folder / SETTINGS_FILE, own)
@@ -123,6 +125,43 @@ def load_pooling_weights(pooling: Pooling, name: str) -> None:
                 raise UserError(f"{file} does not hold {name} of shape {list(tensor.shape)}")
             with torch.no_grad():
                 tensor.copy_(found[name])
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer such that transformers, which may build it anew, gives the same tokens.
+
+    Raises:
+        UserError: It gives others.
+    """
+    tokenizer.save_pretrained(folder)
+    if _comes_back(tokenizer, folder):
+        return
+    # Some of its classes forget what tokenizer.json says; this one does as it says.
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    _write(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    if not _comes_back(tokenizer, folder):
+        raise UserError(
+            "the tokenizer can't be exported: transformers would load it as "
+            f"{type(load_tokenizer(str(folder))).__name__}, which gives other tokens; take the "
+            "tokenizer that belongs to the architecture, by backbone.tokenizer"
+        )
+
+
+def _comes_back(tokenizer: Any, folder: Path) -> bool:
+    """Return whether the tokenizer of a folder gives the same tokens."""
+    again = load_tokenizer(str(folder))
+    if len(again) != len(tokenizer):
+        return False
+    known = tokenizer.decode(list(range(min(len(tokenizer), 100))), skip_special_tokens=True)
+    # In lower case: what puts texts in lower case is not the tokenizer's class alone.
+    texts = ["", "the quick brown fox: 1,234 words.", known.lower()]
+    return all(
+        again(text, truncation=cut, max_length=6)["input_ids"]
+        == tokenizer(text, truncation=cut, max_length=6)["input_ids"]
+        for text in texts
+        for cut in (True, False)
+    )
 
 
 def _numbered(modules: Sequence[FolderModule]) -> dict[str, FolderModule]:

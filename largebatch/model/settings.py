@@ -18,7 +18,8 @@ from largebatch.model.pooling import pooling_class
 log = logging.getLogger(__name__)
 
 SETTINGS_FILE = "largebatch.json"
-"""Holds what a sentence-transformers folder has no place for: the maximum length of each side."""
+"""Holds what a sentence-transformers folder has no place for: the maximum length of each side, and
+whether texts were made to end in a fixed token."""
 
 
 def _short(folder_name: str) -> str:
@@ -40,6 +41,7 @@ OPTIONS = {
     "document_prompt": "text.document_prompt",
     "query_max_tokens": "text.query_max_tokens",
     "document_max_tokens": "text.document_max_tokens",
+    "append_eos": "text.append_eos",
 }
 """The option that overrides each setting."""
 
@@ -87,6 +89,11 @@ def read_settings(name: str) -> dict[str, Any]:
     settings = _settings_of_modules(name, modules, own.pop("pooling", None))
     settings |= _settings_of_transformer(name)
     settings |= _settings_of_model(name, normalize=settings["normalize"])
+    if "append_eos" in own:
+        append_eos = own.pop("append_eos")
+        if not isinstance(append_eos, bool):
+            raise UserError(f"{name!r}: append_eos in {SETTINGS_FILE} is neither true nor false")
+        settings["append_eos"] = append_eos
     return settings | _own_lengths(name, own, settings)
 
 
