@@ -46,14 +46,18 @@ from largebatch.model.compiled import checkpoint_layers as checkpoint_layers_of
 from largebatch.model.compiled import compile_layers, is_compiled, plain_shape
 from largebatch.model.export import (
     Parts,
-    load_pooling_weights,
+    load_module_weights,
+    options_of,
     save_sentence_transformer,
     save_settings,
 )
 from largebatch.model.finite import check_embeddings, check_weights, damaged_weight
+from largebatch.model.head import Head, HeadSettings
 from largebatch.model.last_layer import pooled_tokens, prepare_last_layer
 from largebatch.model.pooling import (
+    THEIR_PACKAGE,
     Pooling,
+    make_pooling,
     pool_chunk,
     pooling_class,
     zero_where_masked,
@@ -101,9 +105,16 @@ class Encoder(nn.Module):
     Args:
         backbone: Any transformers model whose output has `last_hidden_state`.
         tokenizer: Its tokenizer.
-        pooling: cls, mean, last or weighted_mean; or what makes a `Pooling` for a width of hidden
-            states, such as its class.
+        pooling: cls, mean, last, weighted_mean or latent_attention; or what makes a `Pooling` for a
+            width of hidden states, such as its class.
         normalize: Whether embeddings have unit length.
+        latents: Of latent_attention: how many latents there are; None: 512.
+        heads: Of latent_attention: how many heads; None: 8.
+        dense: Widths of linear layers behind the pooling; None: there are none.
+        dense_activations: Function after each of them, or one for all: identity, tanh, relu, gelu
+            or silu; None: identity.
+        dense_bias: Whether they have a bias; None: they have.
+        layer_norm: Whether a LayerNorm without trained weights comes last; None: it does not.
         query_prompt: Put before each query, in training and whenever queries are encoded.
         document_prompt: Put before each document.
         query_max_tokens: Longest query in training; encoding cuts at the larger of both numbers.
@@ -135,6 +146,12 @@ class Encoder(nn.Module):
         *,
         pooling: str | Callable[[int], Pooling] = "mean",
         normalize: bool = True,
+        latents: int | None = None,
+        heads: int | None = None,
+        dense: Sequence[int] | None = None,
+        dense_activations: Sequence[str] | None = None,
+        dense_bias: bool | None = None,
+        layer_norm: bool | None = None,
         query_prompt: str = "",
         document_prompt: str = "",
         query_max_tokens: int = 128,
@@ -150,7 +167,8 @@ class Encoder(nn.Module):
         super().__init__()
         if packing not in PACKINGS:
             raise UserError(f"packing={packing!r} is not one of {', '.join(PACKINGS)}")
-        make_pooling = pooling_class(pooling) if isinstance(pooling, str) else pooling
+        if isinstance(pooling, str):
+            pooling_class(pooling)  # Before anything takes time.
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.normalize = normalize
@@ -182,7 +200,7 @@ class Encoder(nn.Module):
             longest=self.text.encode_max_tokens,
             bidirectional=bidirectional,
         )
-        self.pooling = make_pooling(probed.hidden_width)
+        self.pooling = make_pooling(pooling, probed.hidden_width, latents=latents, heads=heads)
         if self.pooling.token == "first" and probed.is_causal:
             raise UserError(
                 f"pooling.mode={self.pooling.name}: the first token of {type(backbone).__name__} "
@@ -196,7 +214,14 @@ class Encoder(nn.Module):
                 "text.append_eos=false says that it is meant",
                 self.pooling.name, tokenizer.eos_token or "an eos_token",
             )  # fmt: skip
-        self.embedding_width = self.pooling.width
+        settings = HeadSettings.of_options(dense, dense_activations, dense_bias, layer_norm)
+        self.head = Head(self.pooling.width, settings) if settings.is_there else None
+        if any(module.package != THEIR_PACKAGE for module in self.pooling.folder_modules()):
+            log.warning(
+                "pooling.mode=%s: sentence-transformers has nothing like it, so that only "
+                "largebatch loads the exported folder (Encoder.from_pretrained)", self.pooling.name,
+            )  # fmt: skip
+        self.embedding_width = self.pooling.width if self.head is None else self.head.width
         """Width d of an embedding."""
         # Compiled layers share one graph, which would leave out the last layer's hooks.
         self._has_one_token_layer = (
@@ -217,6 +242,12 @@ class Encoder(nn.Module):
         *,
         pooling: str | None = None,
         normalize: bool | None = None,
+        latents: int | None = None,
+        heads: int | None = None,
+        dense: Sequence[int] | None = None,
+        dense_activations: Sequence[str] | None = None,
+        dense_bias: bool | None = None,
+        layer_norm: bool | None = None,
         query_prompt: str | None = None,
         document_prompt: str | None = None,
         query_max_tokens: int | None = None,
@@ -243,6 +274,12 @@ class Encoder(nn.Module):
         given = {
             "pooling": pooling,
             "normalize": normalize,
+            "latents": latents,
+            "heads": heads,
+            "dense": None if dense is None else list(dense),
+            "dense_activations": None if dense_activations is None else list(dense_activations),
+            "dense_bias": dense_bias,
+            "layer_norm": layer_norm,
             "query_prompt": query_prompt,
             "document_prompt": document_prompt,
             "query_max_tokens": query_max_tokens,
@@ -256,8 +293,16 @@ class Encoder(nn.Module):
         positions = usable_positions(backbone)
         cut_lengths(settings, given, most=positions, reason=f"{name} has no more positions")
         encoder = cls(backbone, own_tokenizer, **how, **settings)
-        if pooling is None or pooling == read_settings(name).get("pooling"):
-            load_pooling_weights(encoder.pooling, name)
+        own = read_settings(name)
+        load_module_weights(
+            encoder.pooling,
+            encoder.head,
+            name,
+            skip_pooling=any(
+                settings.get(key) != own.get(key) for key in ("pooling", "latents", "heads")
+            ),
+            skip_head=any(settings.get(key) != own.get(key) for key in ("dense", "layer_norm")),
+        )
         check_weights(encoder, name)
         return encoder
 
@@ -304,6 +349,8 @@ class Encoder(nn.Module):
             embeddings_nd = zero_where_masked(hidden_1nH[0], mask_n)
         else:
             embeddings_nd = pool_chunk(self.pooling, self.hidden_states(chunk), chunk)
+        if self.head is not None:
+            embeddings_nd = self.head(embeddings_nd)
         return F.normalize(embeddings_nd, dim=-1) if self.normalize else embeddings_nd
 
     def hidden_states(self, chunk: Chunk) -> Tensor:
@@ -418,6 +465,11 @@ class Encoder(nn.Module):
     def pad_id(self) -> int:
         """Token id that fills the padding."""
         return int(self.tokenizer.pad_token_id)
+
+    @property
+    def pooling_options(self) -> dict[str, Any]:
+        """The options of `pooling` that are in force, but for mode and normalize."""
+        return options_of(self.pooling, self.head)
 
     def tokenize(self, texts: Sequence[str], *, side: str) -> tuple[Texts, int]:
         """Return the tokens of texts of one side as in training, and how many texts were cut."""
@@ -560,7 +612,13 @@ class Encoder(nn.Module):
 
     def _parts(self) -> Parts:
         return Parts(
-            self.backbone, self.tokenizer, self.pooling, self.normalize, self.lower_case, self.text
+            self.backbone,
+            self.tokenizer,
+            self.pooling,
+            self.head,
+            self.normalize,
+            self.lower_case,
+            self.text,
         )
 
     def _is_worth_packing(self, texts: Texts, plan: list[TextRows]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
+from largebatch.model.head import Head
 from largebatch.model.pooling import FolderModule, Pooling
 from largebatch.model.pretrained import load_tokenizer, quiet_transformers
 from largebatch.model.settings import SETTINGS_FILE, find_file
@@ -26,6 +27,7 @@ class Parts(NamedTuple):
     """A transformers model."""
     tokenizer: Any
     pooling: Pooling
+    head: Head | None
     normalize: bool
     lower_case: bool
     text: TextSettings
@@ -39,7 +41,7 @@ def save_sentence_transformer(parts: Parts, folder: Path) -> None:
     has one; the two numbers themselves stand in largebatch.json for a later training.
     """
     save_settings(parts, folder)
-    for path, module in _numbered(parts.pooling.folder_modules()).items():
+    for path, module in _numbered(modules_of(parts.pooling, parts.head)).items():
         if module.tensors:
             tensors = {name: _savable(tensor) for name, tensor in module.tensors.items()}
             save_file(tensors, folder / path / WEIGHTS_FILE)
@@ -61,7 +63,7 @@ def save_settings(parts: Parts, folder: Path) -> None:
     tokenizer.padding_side, tokenizer.model_max_length = kept
 
     pooling_modules = parts.pooling.folder_modules()
-    modules = [FolderModule("Transformer", {}, {}), *pooling_modules]
+    modules = [FolderModule("Transformer", {}, {}), *modules_of(parts.pooling, parts.head)]
     if parts.normalize:
         modules.append(FolderModule("Normalize", {}, {}))
     paths = ["", *_numbered(modules[1:])]
@@ -72,7 +74,7 @@ def save_settings(parts: Parts, folder: Path) -> None:
                 "idx": number,
                 "name": str(number),
                 "path": path,
-                "type": f"sentence_transformers.models.{module.kind}",
+                "type": f"{module.package}.{module.kind}",
             }
             for number, (path, module) in enumerate(zip(paths, modules, strict=True))
         ],
@@ -99,32 +101,60 @@ def save_settings(parts: Parts, folder: Path) -> None:
     }
     if text.append_eos is not None:
         own["append_eos"] = text.append_eos
-    if len(pooling_modules) > 1:
+    if [module.kind for module in pooling_modules] != ["Pooling"]:
         own["pooling"] = parts.pooling.name
+        own["pooling_options"] = options_of(parts.pooling, parts.head)
     _write(folder / SETTINGS_FILE, own)
 
 
-def load_pooling_weights(pooling: Pooling, name: str) -> None:
-    """Copy the weights of a pooling, if it has any, from a folder or hub name into it.
+def modules_of(pooling: Pooling, head: Head | None) -> list[FolderModule]:
+    """Return the modules between the Transformer and the Normalize."""
+    return [*pooling.folder_modules(), *(head.folder_modules() if head is not None else ())]
+
+
+def options_of(pooling: Pooling, head: Head | None) -> dict[str, Any]:
+    """Return the options of `pooling` that make a pooling and a head, but for its mode."""
+    options = {**pooling.option_values, "dense": [], "layer_norm": False}
+    if head is not None:
+        settings = head.settings
+        options |= {"dense": list(settings.widths), "layer_norm": settings.layer_norm}
+        if settings.widths:
+            options["dense_activations"] = list(settings.activations)
+            options["dense_bias"] = settings.has_bias
+    return options
+
+
+def load_module_weights(
+    pooling: Pooling, head: Head | None, name: str, *, skip_pooling: bool, skip_head: bool
+) -> None:
+    """Copy the weights of a pooling and a head, if they have any, from a folder or hub name.
+
+    Args:
+        pooling: As the folder's, unless it is skipped.
+        head: As the folder's, unless it is skipped.
+        name: Folder or hub name.
+        skip_pooling: Whether the pooling keeps its weights.
+        skip_head: Whether the head does.
 
     Raises:
         UserError: They are not there, or of another shape.
     """
-    for path, module in _numbered(pooling.folder_modules()).items():
-        if not module.tensors:
+    num_pooling = len(pooling.folder_modules())
+    for number, (path, module) in enumerate(_numbered(modules_of(pooling, head)).items()):
+        if not module.tensors or (skip_pooling if number < num_pooling else skip_head):
             continue
         file = find_file(name, f"{path}/{WEIGHTS_FILE}")
         if file is None:
-            raise UserError(f"{name!r} has no {path}/{WEIGHTS_FILE}, the weights of its pooling")
+            raise UserError(f"{name!r} has no {path}/{WEIGHTS_FILE}, weights that it needs")
         try:
             found = load_file(file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} can't be read: {error}") from error
-        for name, tensor in module.tensors.items():
-            if name not in found or found[name].shape != tensor.shape:
-                raise UserError(f"{file} does not hold {name} of shape {list(tensor.shape)}")
+        for key, tensor in module.tensors.items():
+            if key not in found or found[key].shape != tensor.shape:
+                raise UserError(f"{file} does not hold {key} of shape {list(tensor.shape)}")
             with torch.no_grad():
-                tensor.copy_(found[name])
+                tensor.copy_(found[key])
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -189,9 +189,10 @@ def build_encoder(
         "checkpoint_layers": backbone.checkpoint_layers,
         "bidirectional": backbone.bidirectional,
     }
+    pooling = asdict(config.pooling)
     given = {
-        "pooling": config.pooling.mode,
-        "normalize": config.pooling.normalize,
+        "pooling": pooling.pop("mode"),
+        **pooling,
         **asdict(config.text),
     }
     if resumes:
@@ -231,7 +232,12 @@ def _save_settings(encoder: Encoder, folder: Path) -> None:
 def in_force(config: TrainConfig, encoder: Encoder) -> TrainConfig:
     """Return the config with its encoder's settings, where it leaves them to the checkpoint."""
     text = {name: getattr(encoder.text, name) for name in asdict(config.text)}
-    pooling = replace(config.pooling, mode=encoder.pooling.name, normalize=encoder.normalize)
+    pooling = replace(
+        config.pooling,
+        mode=encoder.pooling.name,
+        normalize=encoder.normalize,
+        **encoder.pooling_options,
+    )
     return replace(config, pooling=pooling, text=TextConfig(**text))
 
 

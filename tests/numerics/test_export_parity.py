@@ -125,7 +125,7 @@ def encoder_of(backbone, pooling, *, normalize=True):
     return encoder
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", [name for name in POOLINGS if name != "latent_attention"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_sentence_transformers_gives_the_same(tmp_path, backbone, pooling):
     encoder = encoder_of(backbone, pooling)
