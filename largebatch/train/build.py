@@ -236,7 +236,11 @@ def in_force(config: TrainConfig, encoder: Encoder) -> TrainConfig:
         config.pooling,
         mode=encoder.pooling.name,
         normalize=encoder.normalize,
-        **encoder.pooling_options,
+        **{
+            name: value
+            for name, value in encoder.pooling_options.items()
+            if getattr(config.pooling, name) is None  # What is given stays as it was written.
+        },
     )
     return replace(config, pooling=pooling, text=TextConfig(**text))
 

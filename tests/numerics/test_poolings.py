@@ -5,6 +5,7 @@ The reference pools the hidden states of one text at a time by formulas that are
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,11 +25,12 @@ from numerics.reference import (
     tiny_encoder,
     tiny_loss,
 )
+from numerics.tiny_run import tensors, tiny_config, train_on_ranks, write_data
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from largebatch.batch import Texts
-from largebatch.config import OptimConfig
+from largebatch.config import EvalConfig, OptimConfig, PoolingConfig, TextConfig
 from largebatch.errors import UserError
 from largebatch.model import pooling as pooling_module
 from largebatch.model.chunks import pad_chunks
@@ -266,6 +268,34 @@ def test_that_only_largebatch_loads_it_is_told_at_the_start(name, tmp_path, capl
     # It ends, and gives no other vectors.
     with pytest.raises(Exception, match="LatentAttention"):
         SentenceTransformer(str(tmp_path), trust_remote_code=False, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "latent_attention", "latents": 4, "heads": 2, "dense": [6]},
+        {"mode": "mean", "dense": [24, 8], "dense_activations": ["gelu"], "layer_norm": True},
+    ],
+)
+def test_a_run_goes_on_and_exports_what_it_trained(options, tmp_path):
+    data, run = write_data(tmp_path / "data"), tmp_path / "run"
+    text = TextConfig(query_max_tokens=12, document_max_tokens=16, append_eos=True)
+    config = tiny_config(data, run, pooling=PoolingConfig(**options), text=text, eval=EvalConfig())
+    train_on_ranks(replace(config, max_steps=3), 1)
+    train_on_ranks(config, 1)
+    train_on_ranks(replace(config, pooling=PoolingConfig(), text=TextConfig(), max_steps=8), 1)
+    exported = Encoder.from_pretrained(run / "model")
+    expected = {"mode": exported.pooling.name, **exported.pooling_options}
+    assert {name: expected[name] for name in options if name != "dense_activations"} == {
+        name: value for name, value in options.items() if name != "dense_activations"
+    }
+    weights = tensors(run, 8)
+    for name, parameter in exported.named_parameters():
+        if not name.startswith("backbone."):
+            torch.testing.assert_close(parameter.data, weights[f"weights.encoder.{name}"])
+    other = replace(config, pooling=PoolingConfig(**options | {"dense": [5, 5]}))
+    with pytest.raises(UserError, match=r"another config \(pooling\.dense: \[.*\] -> \[5, 5\]"):
+        train_on_ranks(other, 1)
 
 
 def test_a_layer_norm_keeps_its_weights():
