@@ -221,6 +221,8 @@ def test_reasons_against_packing():
     bert = make_encoder("bert").backbone
     assert why_not_packable(bert, CPU, torch.float32) is None
     assert "dropout" in why_not_packable(bert, CUDA, torch.bfloat16)
+    gpt2 = make_encoder("gpt2").backbone
+    assert "attn_pdrop is 0.1" in why_not_packable(gpt2, CUDA, torch.bfloat16)
     bert.config.attention_probs_dropout_prob = 0.0
     assert "precision=bf16" in why_not_packable(bert, CUDA, torch.float32)
     assert why_not_packable(bert, CUDA, torch.bfloat16) is None

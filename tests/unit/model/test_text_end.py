@@ -18,6 +18,8 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from largebatch.commands.run_data import _find_text
+from largebatch.config import BackboneConfig, DataConfig, SourceConfig, TextConfig, TrainConfig
 from largebatch.data.text import end_token_of, set_text_end, train_tokenizer
 from largebatch.errors import UserError
 from largebatch.model import export
@@ -204,3 +206,20 @@ def test_the_state_of_the_end_is_the_embedding():
     with torch.no_grad():
         states = encoder.backbone(input_ids=ids).last_hidden_state
     np.testing.assert_allclose(encoder.encode(["word3 word4"]), states[:, -1], atol=1e-5)
+
+
+def test_the_data_command_counts_the_end(tmp_path):
+    tokenizer_of("mistral").save_pretrained(tmp_path)
+    config = TrainConfig(
+        output_dir=str(tmp_path / "run"),
+        global_batch=8,
+        max_steps=1,
+        data=DataConfig(sources={"mine": SourceConfig(urls=["shards"])}),
+        backbone=BackboneConfig(tokenizer=str(tmp_path)),
+        text=TextConfig(append_eos=True),
+    )
+    notes = []
+    text, tokenizer = _find_text(config, tmp_path / "run" / "backbone", notes)
+    assert notes == []
+    assert text.append_eos is True
+    assert end_token_of(tokenizer) == 2
