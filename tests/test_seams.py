@@ -438,3 +438,9 @@ def test_what_an_objective_lacks_ends_the_run_with_a_line(data, tmp_path):
     line = "data.sources.tiny.loss.margin is nothing that objective.name=sigmoid knows"
     with pytest.raises(UserError, match=line):
         run_ranks(trainer.train, 2, unknown, init_group=False)
+
+    ignored = config(data, tmp_path / "third", "sigmoid", "ddp")
+    ignored.objective = ObjectiveConfig(name="sigmoid", symmetric=True)
+    line = "objective.symmetric=True is nothing that objective.name=sigmoid knows"
+    with pytest.raises(UserError, match=line):
+        run_ranks(trainer.train, 2, ignored, init_group=False)

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
 from largebatch.cli.options import did_you_mean, find_option, takes_text
-from largebatch.cli.presets import Presets
+from largebatch.cli.presets import SCALE, Presets
 from largebatch.cli.quoting import as_typed, cure, quoted
 from largebatch.cli.values import show_value
 from largebatch.config.checks import nearest
@@ -147,8 +147,6 @@ def check(presets: Presets, overrides: Sequence[str]) -> Checked:
         key, value = override.key_or_group, override.value()
         if (choice := _choice(presets, override)) is None:
             find_option(presets.command.config_class, key, groups=presets.groups)
-            if key == "debug" and not isinstance(value, bool):
-                raise UserError(f"debug={show_value(value)} must be true or false")
             options.append(override)
         else:
             choices.pop(key, None)  # given again, it wins over all before
@@ -170,14 +168,13 @@ def _choice(presets: Presets, override: Override) -> str | None:
     key, value = override.key_or_group, override.value()
     if override.package is not None:
         raise UserError(f"{override.input_line}: a preset's place (@) is fixed; leave it out")
-    is_option = isinstance(value, dict) or (key == "debug" and isinstance(value, bool))
-    if key not in presets.groups or is_option or override.type is OverrideType.DEL:
+    is_option = isinstance(value, dict) or override.type is OverrideType.DEL
+    if key not in presets.groups or is_option:
         return None
     command, choices = presets.command, presets.groups[key]
-    may_be_none = key in (command.preset_group, "debug")
+    may_be_none = key in (command.preset_group, SCALE)
     if not (value is None and may_be_none) and value not in choices:
-        allowed = ["true", "false", *choices] if key == "debug" else choices
         shown = show_value(value)
-        there = did_you_mean(nearest(shown, allowed), allowed, "choices")
+        there = did_you_mean(nearest(shown, choices), choices, "choices")
         raise UserError(f"{key}={shown} is not a choice{there}")
     return f"{key}={show_value(value)}"

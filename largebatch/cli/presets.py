@@ -14,6 +14,9 @@ from hydra.core.global_hydra import GlobalHydra
 import largebatch
 from largebatch.cli.table import Command
 
+SCALE = "scale"
+"""Group that makes any experiment small; it sets options of others, and is none itself."""
+
 
 class Presets(NamedTuple):
     """What one command can be composed from."""
@@ -70,7 +73,7 @@ def _find_groups(command: Command, folders: tuple[Path, ...]) -> dict[str, list[
     # The folders are read here because Hydra takes a tenth of a second to list its groups.
     hints = typing.get_type_hints(command.config_class)
     names = {name for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
-    names |= {command.preset_group} | ({"debug"} if command.primary_config == "train" else set())
+    names |= {command.preset_group} | ({SCALE} if command.primary_config == "train" else set())
     found = {
         name: sorted({file.stem for folder in folders for file in folder.glob(f"{name}/*.yaml")})
         for name in sorted(names)

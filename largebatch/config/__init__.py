@@ -11,12 +11,13 @@ from largebatch.config.model import (
     ACTIVATIONS,
     PACKINGS,
     POOLINGS,
+    TEMPERATURE_SCHEDULES,
     BackboneConfig,
     PoolingConfig,
     TemperatureConfig,
     TextConfig,
 )
-from largebatch.config.objective import ObjectiveConfig
+from largebatch.config.objective import QUERY_DOCUMENT, ObjectiveConfig
 from largebatch.config.tools import (
     DataShowConfig,
     DataStatsConfig,
@@ -50,8 +51,10 @@ __all__ = [
     "KEEPS",
     "PACKINGS",
     "POOLINGS",
+    "QUERY_DOCUMENT",
     "SCHEDULES",
     "STRATEGIES",
+    "TEMPERATURE_SCHEDULES",
     "BackboneConfig",
     "BenchConfig",
     "CheckpointConfig",

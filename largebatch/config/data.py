@@ -6,7 +6,7 @@ from largebatch.config.checks import Faults, suggest
 
 BATCHES = ("one_source", "mixed")
 TAILS = ("carry", "drop")
-NEGATIVES = ("all", "own")
+NEGATIVES = ("all", "own", "apart")
 FAULT_POLICIES = ("fail", "skip")
 MAX_SIZE_EXPONENT = 10
 """So that weights of any numbers of records are finite numbers."""
@@ -19,7 +19,10 @@ class LossOptions:
     symmetric: bool | None = None
     """Whether its batches are matched both ways. Unset: objective.symmetric."""
     negatives: str | None = None
-    """Whose its records' negatives are: all or own. Unset: objective.negatives."""
+    """Whose its records' negatives are: all, own or apart. Unset: objective.negatives."""
+    in_batch: bool | None = None
+    """Whether its queries are contrasted with other pairs of their batch; false for sources whose
+    pairs often answer each other's queries, as of classes. Unset: objective.in_batch."""
 
 
 @dataclass(kw_only=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 from largebatch.config.checks import Faults
 
+TEMPERATURE_SCHEDULES = ("linear", "cosine")
 PACKINGS = ("auto", "on", "off")
 POOLINGS = {
     "cls": "FirstToken",
@@ -157,10 +158,36 @@ class TemperatureConfig:
     """A learned temperature never falls below this (CLIP: 0.01)."""
     max: float = 1.0
     """A learned temperature never rises above this."""
+    final_value: float | None = None
+    """The temperature from step `steps` on; before, it goes from `value` to this. Unset: it stays
+    at `value`. Not for a learned one."""
+    steps: int = 0
+    """Optimizer steps that the way from `value` to `final_value` takes."""
+    schedule: str = "linear"
+    """How the temperature goes there: linear, or cosine (slow at both ends)."""
 
     def __post_init__(self) -> None:
         faults = Faults()
         faults.above("temperature.value", self.value, 0)
+        faults.one_of("temperature.schedule", self.schedule, TEMPERATURE_SCHEDULES)
+        if self.final_value is None:
+            faults.check(
+                self.steps == 0 and self.schedule == "linear",
+                f"temperature.steps={self.steps} and temperature.schedule={self.schedule} need "
+                "temperature.final_value, where the temperature goes; set it, or leave them out",
+            )
+        else:
+            faults.above("temperature.final_value", self.final_value, 0)
+            faults.check(
+                self.steps >= 1,
+                f"temperature.final_value={self.final_value} needs temperature.steps, at least 1: "
+                "how many steps the way there takes",
+            )
+            faults.check(
+                not self.learned,
+                f"temperature.final_value={self.final_value} is for a temperature that is not "
+                "learned; leave it out, or set temperature.learned=false",
+            )
         faults.above("temperature.min", self.min, 0)
         if self.learned:
             faults.check(

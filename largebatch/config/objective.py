@@ -1,11 +1,18 @@
 """Options of the objectives: what is minimized."""
 
 import importlib.util
+import math
 import pkgutil
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any
 
 from largebatch.config.checks import Faults
 from largebatch.config.data import NEGATIVES
+
+QUERY_DOCUMENT = "query_document"
+CANDIDATES = (QUERY_DOCUMENT, "query_query", "document_query", "document_document")
+MATRYOSHKA_REDUCTIONS = ("sum", "mean")
+GUIDE_TOKENS = 16384
 
 
 @dataclass(kw_only=True)
@@ -20,21 +27,146 @@ class ObjectiveConfig:
     """A file of largebatch/objectives/. contrastive: InfoNCE over the documents of the whole global
     batch."""
     symmetric: bool = False
-    """Whether documents must also find their query among all queries (as in CLIP and GTE)."""
+    """Whether documents must also find their query among all queries (as in CLIP): a softmax of
+    their own, both weighing half."""
+    candidates: list[str] = field(default_factory=lambda: [QUERY_DOCUMENT])
+    """What a query's one softmax runs over. query_document: documents; query_query: other queries;
+    document_query: all queries, compared with its document; document_document: other documents,
+    compared with its document. The records' negatives are compared with queries only."""
+    repeat_positive: bool = False
+    """Whether the pair itself stands a second time in the sum, where document_query meets it (GTE);
+    false: once (SimLM)."""
+    in_batch: bool = True
+    """Whether queries are contrasted with other pairs of the global batch. false: only with the
+    negatives of their own record (needs objective.negatives=own); one without has no loss."""
     mask_duplicates: bool = True
     """Whether columns that the batch itself shows to answer a query (the same text or query on any
     rank; the same id, where data.sources.NAME.mask_same_id says so) are left out of its negatives.
     train/masked_share is how many these are."""
+    mask_margin: float | None = None
+    """Candidates that score above the query's own document's score plus this are left out of its
+    negatives, as in train/masked_share. Scores are cosines (Qwen3-Embedding: 0.1). Unset: none."""
+    mask_share: float | None = None
+    """Candidates that score above this share of the query's own document's score are left out; of
+    a score p below 0: above p - (1 - share) * |p|. Unset: none."""
+    mask_guide: str | None = None
+    """Model folder or hub name of a frozen encoder whose scores mask_margin and mask_share judge by
+    (GISTEmbed). Unset: the trained model's."""
+    mask_guide_tokens_per_chunk: int = GUIDE_TOKENS
+    """Tokens, padding included, that go through the guide at once."""
     negatives: str = "all"
     """Whose the records' own negatives are. all: every query of the global batch is contrasted with
-    them; own: only the query of their record."""
+    them; own: only the query of their record; apart: as own, in a softmax of their own, whose loss
+    is added to that of the batch (F2LLM)."""
+    matryoshka_dims: list[int] = field(default_factory=list)
+    """Widths at which the loss is taken, of the first numbers of an embedding, brought to unit
+    length. Empty: the whole embedding only."""
+    matryoshka_weights: list[float] = field(default_factory=list)
+    """What the loss at each width weighs. Empty: as matryoshka_reduction says."""
+    matryoshka_reduction: str = "sum"
+    """How the losses of widths without weights are put together: sum or mean."""
 
     def __post_init__(self) -> None:
         faults = Faults()
         faults.one_of("objective.name", self.name, objective_names())
         faults.one_of("objective.negatives", self.negatives, NEGATIVES)
+        self._check_candidates(faults)
+        self._check_masks(faults)
+        self._check_matryoshka(faults)
         self._check_others(faults)
         faults.finish()
+
+    def shared_options(self) -> dict[str, Any]:
+        """Return what is set of the options that stand in no mapping of one objective."""
+        found = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            usual = one.default_factory() if one.default_factory is not MISSING else one.default
+            if one.name != "name" and not is_dataclass(value) and value != usual:
+                found[one.name] = value
+        return found
+
+    def _check_candidates(self, faults: Faults) -> None:
+        for one in self.candidates:
+            faults.one_of("objective.candidates", one, CANDIDATES)
+        faults.check(
+            QUERY_DOCUMENT in self.candidates,
+            f"objective.candidates={self.candidates} lacks {QUERY_DOCUMENT}; add it",
+        )
+        faults.check(
+            len(set(self.candidates)) == len(self.candidates),
+            f"objective.candidates={self.candidates} names one twice; name each once (for the pair "
+            "itself there is objective.repeat_positive)",
+        )
+        faults.check(
+            not self.repeat_positive or "document_query" in self.candidates,
+            "objective.repeat_positive=true needs document_query in objective.candidates; add it",
+        )
+        faults.check(
+            not self.symmetric or self.candidates == [QUERY_DOCUMENT],
+            f"objective.symmetric=true gives each direction a softmax of its own, and objective."
+            f"candidates={self.candidates} asks for one; set symmetric=false, or leave candidates "
+            "out",
+        )
+        faults.check(
+            self.in_batch or self.negatives != "all",
+            "objective.in_batch=false leaves a query its own record's negatives, and objective."
+            "negatives=all gives them to all; set objective.negatives=own",
+        )
+        faults.check(
+            self.in_batch or not self.symmetric,
+            "objective.symmetric=true needs the queries of the batch, and objective.in_batch=false "
+            "leaves them out; change one of the two",
+        )
+
+    def _check_masks(self, faults: Faults) -> None:
+        if self.mask_share is not None:
+            faults.above("objective.mask_share", self.mask_share, 0)
+        if self.mask_margin is not None:
+            faults.check(
+                math.isfinite(self.mask_margin),
+                f"objective.mask_margin={self.mask_margin} must be a finite number",
+            )
+        faults.at_least(
+            "objective.mask_guide_tokens_per_chunk", self.mask_guide_tokens_per_chunk, 1
+        )
+        if self.mask_guide is None:
+            faults.check(
+                self.mask_guide_tokens_per_chunk == GUIDE_TOKENS,
+                "objective.mask_guide_tokens_per_chunk is for objective.mask_guide, which is "
+                "unset; leave it out",
+            )
+        else:
+            faults.check(
+                self.mask_margin is not None or self.mask_share is not None,
+                f"objective.mask_guide={self.mask_guide} needs a limit for its scores; set "
+                "objective.mask_margin (0 as in GISTEmbed) or objective.mask_share",
+            )
+            faults.not_empty("objective.mask_guide", self.mask_guide, "name a model folder")
+
+    def _check_matryoshka(self, faults: Faults) -> None:
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        for dim in dims:
+            faults.at_least("objective.matryoshka_dims", dim, 1)
+        faults.check(
+            len(set(dims)) == len(dims),
+            f"objective.matryoshka_dims={dims} names a width twice; give it more weight instead",
+        )
+        faults.check(
+            not weights or len(weights) == len(dims),
+            f"objective.matryoshka_weights={weights} must be as many as "
+            f"objective.matryoshka_dims={dims}",
+        )
+        for weight in weights:
+            faults.above("objective.matryoshka_weights", weight, 0)
+        faults.one_of(
+            "objective.matryoshka_reduction", self.matryoshka_reduction, MATRYOSHKA_REDUCTIONS
+        )
+        faults.check(
+            self.matryoshka_reduction == "sum" or (bool(dims) and not weights),
+            "objective.matryoshka_reduction=mean is for objective.matryoshka_dims without "
+            "objective.matryoshka_weights; leave it out",
+        )
 
     def _check_others(self, faults: Faults) -> None:
         """Note options of objectives that are not the chosen one, and would do nothing."""

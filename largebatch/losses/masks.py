@@ -1,4 +1,6 @@
-"""False negatives: columns that a query must not be contrasted with, found by hashes of texts.
+"""False negatives: columns that a query must not be contrasted with, found by texts or by scores.
+
+By texts, of which hashes are compared.
 
 A batch says of each of its pairs that the document answers the query. What it says holds wherever
 the two texts stand in it. So a column is no negative of a query if its text is
@@ -18,8 +20,15 @@ This says nothing of direction: a query is no negative of a document if the docu
 Few texts of a batch occur twice, so only rows and columns that could be part of such a pair are
 looked at. The worst batch, of one text only, costs a binary search per logit, tile by tile, and
 memory that grows with rows and columns and not with their product.
+
+Of candidates that are queries the same is asked with queries and documents in each other's place: a
+query is no negative of a pair if it is the query of the pair's document, or of any pair with the
+same document or id, or the document's own text.
+
+By scores: `ScoreLimits` says which score of a row's is too high for a negative's.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +54,40 @@ class PairHashes(NamedTuple):
     """`[n]`"""
     ids: Int64Array | None = None
     """`[b]`, hashes that are equal where records answer the same query; None: only texts tell."""
+
+
+class ScoreLimits(NamedTuple):
+    """From which score on a row's candidate counts as a false negative."""
+
+    highest_b: Tensor
+    """What scores above is left out. Has no gradient."""
+    sides: Sequence[Tensor] = ()
+    """A guide's embeddings of this rank's queries and documents, `[b, g]` each."""
+    columns_mg: Tensor | None = None
+    """The guide's embeddings of the candidates. None: the scores of the trained model decide."""
+
+
+def score_limits(
+    positive_b: Tensor, *, margin: float | None = None, share: float | None = None
+) -> Tensor:
+    """Return the highest score that a row's negative may have, `[b]`, without gradient.
+
+    Args:
+        positive_b: The score of each row's own document.
+        margin: At most the positive's score plus this; may be negative (arXiv 2407.15831 calls
+            -0.05 TopK-MarginPos; Qwen3-Embedding takes +0.1, arXiv 2506.05176).
+        share: At most this share of the positive's score (TopK-PercPos). Of a score p below 0 the
+            limit lies as far below it: p - (1 - share) * |p|.
+
+    With both, the lower limit of the two.
+    """
+    positive_b = positive_b.detach()
+    limits = []
+    if margin is not None:
+        limits.append(positive_b + margin)
+    if share is not None:
+        limits.append(positive_b - (1 - share) * positive_b.abs())
+    return torch.stack(limits).amin(0)
 
 
 class FalseNegatives:

@@ -106,6 +106,7 @@ class GradCache:
     ) -> None:
         self.encoder = encoder
         self.objective = objective
+        objective.meet(encoder)
         self.memory = StepMemory(tokens_per_chunk, keep, keep_gib)
         """How much a step takes: what was chosen, measured or halved. A run that is resumed sets it
         again, so that it goes on with the same numbers."""
@@ -190,6 +191,7 @@ class GradCache:
             sizes,
             [side for side in sizes if side in gathered],
             np.concatenate(columns) if columns else np.empty(0, np.intp),
+            batch.step,
         )
 
     def _step(self, prepared: "_Prepared", *, can_redo: bool) -> StepReport:
@@ -260,6 +262,7 @@ class GradCache:
             prepared.pairs,
             prepared.options,
             self.collectives,
+            prepared.step,
         )
 
     def _work(self, prepared: "_Prepared", embedded: Sequence[EmbeddedChunk]) -> Work:
@@ -322,6 +325,8 @@ class _Prepared(NamedTuple):
     """The sides that go to the other ranks."""
     columns: Int64Array
     """`[k]`, which of the distinct texts these are, side after side."""
+    step: int
+    """Number of the optimizer step, from 0."""
 
 
 class _FactsOfRanks(NamedTuple):

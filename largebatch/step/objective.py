@@ -99,6 +99,26 @@ class Objective(nn.Module, ABC):
     """Fields of a record that it needs; of query, document, negatives."""
     source_options: ClassVar[tuple[str, ...]] = ()
     """Entries of `data.sources.NAME.loss` that it heeds."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """Entries of `objective` that it heeds, of those that stand in no mapping of one objective."""
+
+    def needs(self, options: LossOptions) -> Sequence[str]:  # noqa: ARG002
+        """Return which fields it needs of the records of a source with these options."""
+        return self.fields
+
+    def meet(self, encoder: Encoder) -> None:
+        """Look at the encoder that is trained, once, before the first step.
+
+        Raises:
+            UserError: The two don't fit together.
+        """
+
+    def fingerprints(self) -> Mapping[str, str]:
+        """Return hashes of what it has read beside the data, by option.
+
+        A run that is resumed must find the same.
+        """
+        return {}
 
     def after_step(self) -> None:
         """Do what follows an optimizer step, such as clamping a temperature."""
@@ -157,6 +177,8 @@ class EmbeddedBatch(NamedTuple):
     """What the batch's source asks for."""
     collectives: Collectives
     """How ranks reach each other."""
+    step: int = 0
+    """Number of the optimizer step, from 0."""
 
     @property
     def num_pairs(self) -> int:

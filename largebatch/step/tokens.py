@@ -52,6 +52,7 @@ class TokenStep:
     ) -> None:
         self.encoder = encoder
         self.objective = objective
+        objective.meet(encoder)
         self.memory = StepMemory(tokens_per_chunk, "none", None)
         self.strategy = strategy
         self.balance = balance

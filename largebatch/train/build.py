@@ -105,7 +105,7 @@ def build_objective(config: TrainConfig) -> Objective:
     """Return what is optimized.
 
     Raises:
-        UserError: A source asks for something that the objective doesn't know.
+        UserError: A source or an option asks for something that the objective doesn't know.
     """
     module = importlib.import_module(f"largebatch.objectives.{config.objective.name}")
     objective: Objective = module.build(config)
@@ -115,6 +115,12 @@ def build_objective(config: TrainConfig) -> Objective:
         for name, source in config.data.sources.items()
         for option, value in vars(source.loss).items()
         if value is not None and option not in objective.source_options
+    ]
+    faults += [
+        f"objective.{option}={value} is nothing that objective.name={config.objective.name} knows; "
+        "leave it out"
+        for option, value in config.objective.shared_options().items()
+        if option not in objective.options
     ]
     if faults:
         raise UserError("; ".join(faults))

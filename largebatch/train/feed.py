@@ -1,12 +1,12 @@
 """The data of a run: its batches, and what is noted of them on the way."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from largebatch.batch import RankBatch
-from largebatch.config import TrainConfig
+from largebatch.config import LossOptions, TrainConfig
 from largebatch.data.linelog import LineLog
 from largebatch.data.skipped import SkippedLog, read_skipped, rows_by_step
 from largebatch.data.source import Source
@@ -56,16 +56,18 @@ class Feed:
         self.num_skipped = sum(row.step < first_step for row in self._known_skipped)
         """Rows of all ranks that were skipped so far."""
 
-    def check_fields(self, fields: Collection[str]) -> None:
+    def check_fields(self, needs: Callable[[LossOptions], Collection[str]]) -> None:
         """Check that the sources' records have what the objective needs beside the pair.
+
+        Args:
+            needs: Returns the fields that it needs of a source with these options.
 
         Raises:
             UserError: A source lacks it.
         """
-        if "negatives" not in fields:
-            return
         for source, is_drawn in zip(self.sources, self.schedule.is_drawn, strict=True):
-            if is_drawn and not self._has_negatives(source):
+            needed = "negatives" in needs(source.loss)
+            if is_drawn and needed and not self._has_negatives(source):
                 raise UserError(
                     f"data.sources.{source.name}: objective.name={self.config.objective.name} "
                     "needs negatives, and the records have none, or data.sources."

@@ -103,7 +103,7 @@ class _Training:
 
         # Data. Sets and shards are looked at before anything expensive.
         self.feed = Feed(config, folder, self.world, first_step=self.first_step)
-        collectives.all_succeed(lambda: self.feed.check_fields(self.objective.fields))
+        collectives.all_succeed(lambda: self.feed.check_fields(self.objective.needs))
         self.dev_sets = load_sets(config.eval.dev, option="eval.dev")
         self.test_sets = load_sets(config.eval.test, option="eval.test")
 
@@ -142,6 +142,7 @@ class _Training:
         load_optimizer(self.checkpoints, self.first_step, self.strategy)
         details = read_run_details(self.checkpoints, self.first_step)
         self.feed.check_same_data(details["shards"])
+        self._check_same_objective(details.get("objective", {}))
         if details["world_size"] == self.world.size:
             load_random_state(
                 self.checkpoints, self.first_step, world=self.world, device=self.device
@@ -150,6 +151,15 @@ class _Training:
             torch.manual_seed(rank_seed(self.config.seed, self.world.rank, self.first_step))
         self.best = load_best(self.checkpoints)
         self._restore_memory(details)
+
+    def _check_same_objective(self, saved: dict[str, str]) -> None:
+        """Check that what the objective reads beside the data is what the run began with."""
+        for option, fingerprint in self.objective.fingerprints().items():
+            if saved.get(option, fingerprint) != fingerprint:
+                raise UserError(
+                    f"what {option} names is not what {self.folder} was trained with so far; bring "
+                    "it back, or choose another output_dir"
+                )
 
     def _restore_memory(self, details: dict[str, Any]) -> None:
         """Use again what was measured or halved: the run goes on with the same numbers."""
@@ -348,6 +358,7 @@ class _Training:
                     "config": self.settings,
                     "elapsed_s": elapsed_s,
                     "shards": self.feed.fingerprints,
+                    "objective": dict(self.objective.fingerprints()),
                     "engine": engine,
                 },
             )

@@ -86,12 +86,14 @@ def test_a_bare_word_is_a_preset_and_its_source_can_be_replaced(trained, line):
     assert config.eval.test == {}
 
 
-def test_debug_is_an_option_and_a_group(trained):
-    assert app.main(["train", SOURCE, "debug=true"]) == 0
-    assert app.main(["train", SOURCE, "debug=smoke"]) == 0
-    assert app.main(["train", SOURCE, "debug=smoke", "debug=false"]) == 0
-    assert [config.debug for config in trained] == [True, True, False]
-    assert [config.max_steps for config in trained] == [1000, 4, 4]
+def test_a_scale_makes_any_experiment_small(trained):
+    assert app.main(["train", SOURCE]) == 0
+    assert app.main(["train", SOURCE, "scale=smoke"]) == 0
+    others = ["data=custom", SOURCE, "eval=none", "hardware.ranks=1"]
+    assert app.main(["train", "quickstart", *others, "scale=smoke", "max_steps=7"]) == 0
+    assert [config.max_steps for config in trained] == [1000, 4, 7]
+    assert trained[2].optim.lr == 5e-3
+    assert trained[2].backbone.config["hidden_size"] == 32
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_debug_is_an_option_and_a_group(trained):
         (["train", "output_dir=${oc.env:NO_SUCH}"], "output_dir: Environment variable 'NO_SUCH'"),
         (["train", "data.sources=5"], "data.sources=5 must be a mapping"),
         (["train", "text=5"], "text=5 must be a group of options (query_prompt, "),
-        (["train", "debug=smoek"], "did you mean smoke? (choices: true, false, smoke)"),
+        (["train", "scale=smoek"], "did you mean smoke? (choices: smoke)"),
         (["export", "debug=smoke"], "debug=smoke must be true or false"),
         (["train", "global_batch==3"], "'global_batch==3' cannot be read as option=value"),
         (["train", "output_dir=[a"], "'output_dir=[a' cannot be read as option=value"),

@@ -50,3 +50,43 @@ def test_must_be_positive(value):
 def test_a_learned_one_must_start_inside_its_bounds(bounds):
     with pytest.raises(UserError, match=r"must start in \[.*\], not at 0.1"):
         Temperature(0.1, learned=True, **bounds)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", {0: 0.05, 5: 0.035, 10: 0.02, 99: 0.02}),
+        ("cosine", {0: 0.05, 5: 0.035, 10: 0.02, 99: 0.02}),
+    ],
+)
+def test_a_schedule_is_a_function_of_the_step(schedule, expected):
+    temperature = Temperature(0.05, final_value=0.02, steps=10, schedule=schedule)
+    for step, value in expected.items():
+        assert float(temperature(step)) == pytest.approx(1 / value)
+        assert temperature.at(step) == pytest.approx(value)
+    assert temperature.lowest == 0.02
+    assert [*temperature.parameters()] == []
+    quarter = 0.05 - 0.03 * (0.25 if schedule == "linear" else (1 - math.cos(math.pi / 4)) / 2)
+    assert Temperature(0.05, final_value=0.02, steps=8, schedule=schedule).at(2) == pytest.approx(
+        quarter
+    )
+
+
+def test_without_a_schedule_the_step_is_nothing():
+    temperature = Temperature(0.05)
+    assert temperature(0) == temperature(1000)
+    assert temperature.lowest == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"final_value": 0.02, "steps": 5, "learned": True}, "learned temperature has no final"),
+        ({"final_value": 0.02}, "needs steps"),
+        ({"final_value": 0.0, "steps": 5}, "above 0"),
+        ({"final_value": 0.02, "steps": 5, "schedule": "cubic"}, "linear, cosine"),
+    ],
+)
+def test_what_is_no_schedule_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Temperature(0.05, **options)
