@@ -176,7 +176,7 @@ def tokenizer_of(name, side):
     return tokenizer
 
 
-def make_encoder(name, bidirectional, *, pooling="mean", side="right", attention="sdpa"):
+def make_encoder(name, bidirectional, *, pooling="mean", side="right", attention="sdpa", **how):
     torch.manual_seed(0)
     encoder = Encoder.from_scratch(
         name.partition(",")[0],
@@ -187,6 +187,7 @@ def make_encoder(name, bidirectional, *, pooling="mean", side="right", attention
         query_max_tokens=LONGEST,
         document_max_tokens=LONGEST,
         bidirectional=bidirectional,
+        **how,
     ).to(dtype_of(name))
     for parameter in encoder.parameters():
         # From scratch all weights are so small that positions don't count.
@@ -332,6 +333,16 @@ def test_a_window_that_reaches_less_far_packed_than_padded_is_found(monkeypatch)
     monkeypatch.setattr(attention, "is_made_bidirectional", lambda module: False)
     encoder = make_encoder("mistral", True)
     assert (embed(encoder, "on") - embed(encoder, "off")).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("packing", ["on", "off"])
+def test_a_bidirectional_decoder_with_checkpointed_layers(packing):
+    found = []
+    for checkpoint_layers in (False, True):
+        encoder = make_encoder("mistral", True, checkpoint_layers=checkpoint_layers).train()
+        embed(encoder, packing).cumsum(1).sum().backward()
+        found.append(encoder.backbone.layers[0].self_attn.q_proj.weight.grad)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

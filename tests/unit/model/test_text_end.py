@@ -24,6 +24,7 @@ from largebatch.data.text import end_token_of, set_text_end, train_tokenizer
 from largebatch.errors import UserError
 from largebatch.model import export
 from largebatch.model.encoder import Encoder
+from largebatch.model.pretrained import load_tokenizer
 
 TEXTS = ["word1", " ".join(WORDS[:40]), "word3 word4 word5", "word7 word8"]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -141,6 +142,29 @@ def test_the_exported_folder_ends_texts_as_well(model_type, tmp_path):
         assert again.tokenizer(text, truncation=True, max_length=24)["input_ids"] == ids
     np.testing.assert_allclose(theirs.encode(TEXTS), encoder.encode(TEXTS), rtol=0, atol=1e-5)
     np.testing.assert_allclose(again.encode(TEXTS), encoder.encode(TEXTS), rtol=0, atol=1e-6)
+
+
+def test_a_folder_as_that_of_e5_mistral(tmp_path):
+    """Its tokenizer.json begins texts only, its config asks for both; transformers 5 drops one."""
+    tokenizer = tokenizer_of("llama")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.pad_token, tokenizer.padding_side = "</s>", "left"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer/tokenizer_config.json"
+    config = json.loads(file.read_text()) | {"add_bos_token": True, "add_eos_token": True}
+    file.write_text(json.dumps(config))
+    loaded = load_tokenizer(str(tmp_path / "tokenizer"))
+    encoder = make_encoder("mistral", loaded, append_eos=True)
+    assert encoder.pad_id == loaded.eos_token_id == 2
+    encoder.save_pretrained(tmp_path / "model")
+    theirs = SentenceTransformer(str(tmp_path / "model"), trust_remote_code=False, device="cpu")
+    for text in TEXTS:
+        ids = loaded(text, truncation=True, max_length=24)["input_ids"]
+        assert (ids[0], ids[-1], ids.count(1), ids.count(2)) == (1, 2, 1, 1)
+        assert theirs.tokenize([text])["input_ids"].tolist() == [ids]
+    np.testing.assert_allclose(theirs.encode(TEXTS), encoder.encode(TEXTS), rtol=0, atol=1e-5)
 
 
 def test_a_class_that_forgets_it_is_found(monkeypatch, tmp_path):
