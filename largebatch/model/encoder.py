@@ -4,9 +4,8 @@ Shapes: n texts, L tokens, H hidden width, d embedding width.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, nullcontext
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ from largebatch.model.chunks import (
 )
 from largebatch.model.compiled import checkpoint_layers as checkpoint_layers_of
 from largebatch.model.compiled import compile_layers, is_compiled, plain_shape
+from largebatch.model.embed import embed_slices
 from largebatch.model.export import (
     Parts,
     load_module_weights,
@@ -51,7 +51,7 @@ from largebatch.model.export import (
     save_sentence_transformer,
     save_settings,
 )
-from largebatch.model.finite import check_embeddings, check_weights, damaged_weight
+from largebatch.model.finite import check_weights, damaged_weight
 from largebatch.model.head import Head, HeadSettings
 from largebatch.model.last_layer import pooled_tokens, prepare_last_layer
 from largebatch.model.pooling import (
@@ -83,20 +83,11 @@ from largebatch.model.settings import (
     merged_settings,
     read_settings,
 )
-from largebatch.transfer import wait_for
 
 log = logging.getLogger(__name__)
 
 WORTH_PACKING = 0.1
 """Share of padding above which packing pays on a CPU; measured by benchmarks/packing.py."""
-
-SLICE_BYTES = 2**27
-"""Most bytes of embeddings that `embed` gives at once: enough texts that sorting them by length
-leaves almost no padding."""
-SLICE_TOKENS = 2**23
-"""Tokens that end a slice of texts, however few they are."""
-TEXTS_PER_CALL = 4096
-"""Texts that the tokenizer gets at once: it takes some 100 bytes a token while it works."""
 
 
 class Encoder(nn.Module):
@@ -393,7 +384,7 @@ class Encoder(nn.Module):
             texts: Any number of texts.
             tokens_per_chunk: Most tokens in a chunk, padding included.
         """
-        plan, chunks = self._cut(texts, tokens_per_chunk)
+        plan, chunks = self.lazy_chunks(texts, tokens_per_chunk)
         return plan, list(chunks)
 
     def make_token_chunks(
@@ -416,7 +407,9 @@ class Encoder(nn.Module):
             made.append(TokenChunk(chunk, laid_out, len(rows)))
         return made
 
-    def _cut(self, texts: Texts, tokens_per_chunk: int) -> tuple[list[TextRows], Iterator[Chunk]]:
+    def lazy_chunks(
+        self, texts: Texts, tokens_per_chunk: int
+    ) -> tuple[list[TextRows], Iterator[Chunk]]:
         """Return what `make_chunks` does, each chunk made when its turn comes."""
         multiple = length_multiple(self.backbone, self.device, self.autocast_dtype)
         plan = plan_chunks(texts.lengths, tokens_per_chunk, multiple=multiple)
@@ -520,8 +513,8 @@ class Encoder(nn.Module):
     ) -> Iterator[npt.NDArray[np.float32]]:
         """Yield the embeddings of texts slice by slice, each float32 `[some, d]`, in their order.
 
-        Neither host nor device holds more than a slice (see `SLICE_BYTES`), so the texts may come
-        from a generator. Inside a slice they are sorted by length.
+        Neither host nor device holds more than a slice (see `SLICE_BYTES` in embed.py), so the
+        texts may come from a generator. Inside a slice they are sorted by length.
 
         Args:
             texts: Any number of texts.
@@ -533,68 +526,9 @@ class Encoder(nn.Module):
             UserError: An embedding is not finite, or all zeros though its text has tokens; or the
                 device has too little memory for a chunk.
         """
-        first = 0
-        total = len(texts) if isinstance(texts, Sized) else None
-        with _progress_bar(total) if progress else nullcontext(_no_progress) as advance:
-            for some, tokens in self._slices(texts, self.text.prompt(side)):
-                embeddings_nd = self._embed(tokens, tokens_per_chunk, advance)
-                check_embeddings(
-                    embeddings_nd,
-                    some,
-                    tokens.lengths,
-                    side=side,
-                    first=first,
-                    normalized=self.normalize,
-                )
-                yield embeddings_nd
-                first += len(some)
-
-    def _slices(self, texts: Iterable[str], prompt: str) -> Iterator[tuple[list[str], Texts]]:
-        """Yield slices of texts with their tokens."""
-        most = max(SLICE_BYTES // (4 * self.embedding_width), 1)
-        left = iter(texts)
-        some: list[str] = []
-        parts: list[Texts] = []
-        num_tokens = 0
-        while part := list(islice(left, min(TEXTS_PER_CALL, most - len(some)))):
-            tokens, _ = tokenize(
-                self.tokenizer, part, prompt=prompt, max_tokens=self.text.encode_max_tokens
-            )
-            some += part
-            parts.append(tokens)
-            num_tokens += len(tokens.tokens)
-            if len(some) == most or num_tokens >= SLICE_TOKENS:
-                yield some, Texts.concatenate(parts)
-                some, parts, num_tokens = [], [], 0
-        if some:
-            yield some, Texts.concatenate(parts)
-
-    @torch.no_grad()
-    def _embed(
-        self, texts: Texts, tokens_per_chunk: int, advance: Callable[[int], None]
-    ) -> npt.NDArray[np.float32]:
-        """Return the embeddings of some texts in eval mode, which the encoder then leaves."""
-        found: list[Tensor] = []
-        was_training = self.training
-        self.eval()
-        try:
-            plan, chunks = self._cut(texts, tokens_per_chunk)
-            for rows, chunk in zip(plan, chunks, strict=True):
-                # Nobody waits for the device here, which works while the next chunk is made.
-                found.append(self(chunk).float().to("cpu", non_blocking=True))
-                advance(len(rows))
-            wait_for(self.device)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{self.device} has too little memory to encode {tokens_per_chunk} tokens at once; "
-                "lower batch_tokens (in train: eval.batch_tokens; of Encoder: tokens_per_chunk)"
-            ) from error
-        finally:
-            self.train(was_training)
-        out = np.empty((texts.num_texts, self.embedding_width), np.float32)
-        for rows, embeddings_nd in zip(plan, found, strict=True):
-            out[rows] = embeddings_nd.numpy()
-        return out
+        return embed_slices(
+            self, texts, side=side, tokens_per_chunk=tokens_per_chunk, progress=progress
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `SentenceTransformer(folder)` and `from_pretrained` load.
@@ -626,16 +560,3 @@ class Encoder(nn.Module):
             return True
         padded = sum(len(rows) * int(texts.lengths[rows[0]]) for rows in plan)
         return padded > (1 + WORTH_PACKING) * int(texts.lengths.sum())
-
-
-@contextmanager
-def _progress_bar(total: int | None) -> Iterator[Callable[[int], None]]:
-    from rich.progress import Progress
-
-    with Progress() as bar:
-        task = bar.add_task("encoding", total=total)
-        yield lambda num_texts: bar.advance(task, num_texts)
-
-
-def _no_progress(num_texts: int) -> None:
-    pass

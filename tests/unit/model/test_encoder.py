@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from largebatch.batch import Texts
 from largebatch.data.text import train_tokenizer
 from largebatch.errors import UserError
-from largebatch.model import encoder as encoder_module
+from largebatch.model import embed as embed_module
 from largebatch.model.chunks import pad_chunks, plan_chunks
 from largebatch.model.encoder import Encoder
 
@@ -61,7 +61,7 @@ def test_embeds_slice_by_slice(monkeypatch, packing, bounds):
     model = encoder(packing=packing)
     alone = np.concatenate([model.encode([text]) for text in TEXTS])
     for name, value in bounds.items():
-        monkeypatch.setattr(encoder_module, name, value)
+        monkeypatch.setattr(embed_module, name, value)
     read, chunks, alive = 0, [], []
 
     def texts():
@@ -98,7 +98,7 @@ def test_embeds_slice_by_slice(monkeypatch, packing, bounds):
 )
 @pytest.mark.parametrize("normalize", [True, False])
 def test_an_embedding_that_says_nothing_is_refused(monkeypatch, value, what, normalize):
-    monkeypatch.setattr(encoder_module, "SLICE_BYTES", 4 * 16 * 2)
+    monkeypatch.setattr(embed_module, "SLICE_BYTES", 4 * 16 * 2)
     model = encoder(normalize=normalize).train()
     word = model.tokenizer("word7", add_special_tokens=False)["input_ids"]
     assert len(word) == 1
