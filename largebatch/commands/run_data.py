@@ -10,7 +10,7 @@ from largebatch.batch import SkippedRow
 from largebatch.config import TrainConfig
 from largebatch.data.skipped import read_skipped
 from largebatch.data.source import Source
-from largebatch.data.text import TextSettings, lower_texts
+from largebatch.data.text import TextSettings, lower_texts, set_text_end
 from largebatch.errors import UserError
 from largebatch.model.pretrained import load_tokenizer
 from largebatch.model.settings import cut_at_tokenizer, merged_settings
@@ -104,6 +104,8 @@ def _find_text(
             tokenizer = load_tokenizer(name)
             if settings.get("lower_case"):
                 lower_texts(tokenizer)
+            if settings.get("append_eos") is not None:
+                set_text_end(tokenizer, append_eos=settings["append_eos"])
             if checkpoint:
                 cut_at_tokenizer(settings, given, tokenizer, name)
         else:

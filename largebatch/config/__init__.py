@@ -8,6 +8,7 @@ from largebatch.config.bench import BENCH_STRATEGIES, BenchConfig
 from largebatch.config.checks import least_of, suggest
 from largebatch.config.data import CurriculumConfig, DataConfig, LossOptions, SourceConfig
 from largebatch.config.model import (
+    ACTIVATIONS,
     PACKINGS,
     POOLINGS,
     TEMPERATURE_SCHEDULES,
@@ -49,6 +50,7 @@ from largebatch.config.train import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "BENCH_STRATEGIES",
     "KEEPS",
     "LR_SCALINGS",

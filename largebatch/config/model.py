@@ -14,8 +14,11 @@ POOLINGS = {
     "mean": "Mean",
     "last": "LastToken",
     "weighted_mean": "WeightedMean",
+    "latent_attention": "LatentAttention",
 }
 """The class of each pooling in `largebatch/model/pooling.py`."""
+ACTIVATIONS = ("identity", "tanh", "relu", "gelu", "silu")
+"""Functions after a linear layer of the head."""
 
 
 @dataclass(kw_only=True)
@@ -37,6 +40,9 @@ class BackboneConfig:
     attention: str = "sdpa"
     """transformers' attention implementation: sdpa (eager where the architecture has none), eager,
     flash_attention_2, ..."""
+    bidirectional: bool | None = None
+    """Whether the tokens of a decoder see those behind them too: the causal mask is taken out, and
+    sliding windows reach to both sides. Unset: as the checkpoint's config says."""
     packing: str = "auto"
     """Whether texts go through the backbone in one row, without padding, which gives the same
     embeddings: auto (where it is faster), on or off."""
@@ -117,16 +123,48 @@ class PoolingConfig:
     """How the hidden states of a text become one embedding."""
 
     mode: str | None = None
-    """cls (first token), mean, last (last token), weighted_mean (token i weighs i, SGPT). Unset: as
-    the checkpoint says, else mean."""
+    """cls (first token), mean, last (last token), weighted_mean (token i weighs i, SGPT),
+    latent_attention (trained, NV-Embed; only largebatch loads the exported folder). Unset: as the
+    checkpoint says, else mean."""
     normalize: bool | None = None
     """Whether embeddings have unit length, so that a dot product is the cosine. Unset: as the
     checkpoint says, else true."""
+    latents: int | None = None
+    """Of latent_attention only: vectors that the tokens attend to. Unset: as the checkpoint says,
+    else 512."""
+    heads: int | None = None
+    """Of latent_attention only: heads that share the width of a hidden state, which they divide.
+    Unset: as the checkpoint says, else 8."""
+    dense: list[int] | None = None
+    """Widths of linear layers behind the pooling, such as [3072, 768] (EmbeddingGemma); the last is
+    the embedding's. Unset: as the checkpoint says, else none."""
+    dense_activations: list[str] | None = None
+    """Function after each linear layer, or one for all: identity, tanh, relu, gelu or silu. Unset:
+    as the checkpoint says, else identity."""
+    dense_bias: bool | None = None
+    """Whether linear layers have a bias. Unset: as the checkpoint says, else true."""
+    layer_norm: bool | None = None
+    """Whether a LayerNorm without trained weights comes last, as in nomic-embed v1.5. Unset: as the
+    checkpoint says, else false."""
 
     def __post_init__(self) -> None:
         faults = Faults()
         if self.mode is not None:
             faults.one_of("pooling.mode", self.mode, POOLINGS)
+        for option in ("latents", "heads"):
+            if (number := getattr(self, option)) is not None:
+                faults.at_least(f"pooling.{option}", number, 1)
+        for width in self.dense or []:
+            faults.at_least("pooling.dense", width, 1)
+        names = self.dense_activations
+        for name in names or []:
+            faults.one_of("pooling.dense_activations", name, ACTIVATIONS)
+        if self.dense is not None:
+            faults.check(
+                names is None or len(names) in (1, len(self.dense)),
+                f"pooling.dense_activations={names} must be one name, or one for each of "
+                f"pooling.dense={self.dense}",
+            )
         faults.finish()
 
 
@@ -148,6 +186,11 @@ class TextConfig:
     task: str | None = None
     """What {task} in a prompt stands for where a source has no task of its own, in evaluation, and
     in the exported model."""
+    append_eos: bool | None = None
+    """Whether each text ends in a fixed token, as `last` pooling wants it: the tokenizer's own
+    (BERT's [SEP]), or, where it adds none (GPT-2, Llama, Mistral), its eos_token, which is then
+    part of the exported tokenizer. Unset: as the tokenizer does; where `last` pooling finds no such
+    token, a line says so."""
 
     def __post_init__(self) -> None:
         faults = Faults()
@@ -164,12 +207,13 @@ class TextConfig:
         faults.finish()
 
     def settings(self) -> dict[str, Any]:
-        """Return the model's prompts, with the task in its place, and lengths."""
+        """Return the model's prompts, with the task in its place, lengths and end."""
         return {
             "query_prompt": with_task(self.query_prompt, self.task),
             "document_prompt": with_task(self.document_prompt, self.task),
             "query_max_tokens": self.query_max_tokens,
             "document_max_tokens": self.document_max_tokens,
+            "append_eos": self.append_eos,
         }
 
 

@@ -26,6 +26,8 @@ class TextSettings:
     """Longest document in training."""
     default_side: str | None = None
     """Whose prompt is put before a text of no known side, by sentence-transformers; None: none."""
+    append_eos: bool | None = None
+    """Whether each text ends in a fixed token, be it the tokenizer's doing; None: as it does."""
 
     def prompt(self, side: str) -> str:
         """Return the prompt of `side`: query or document."""
@@ -75,6 +77,77 @@ def lower_texts(tokenizer: Any) -> None:
         backend.normalizer = normalizers.Lowercase()
     elif before.normalize_str("A") != before.normalize_str("a"):
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), before])
+
+
+def end_token_of(tokenizer: Any) -> int | None:
+    """Return the id of the token that a tokenizer ends each text in; None: it ends it in none."""
+    words = ("a", "1", *(tokenizer.decode([token]) for token in range(min(len(tokenizer), 500))))
+    for word in words:
+        plain = tokenizer(word, add_special_tokens=False)["input_ids"]
+        if plain and not set(plain) & set(tokenizer.all_special_ids):
+            whole = tokenizer(word)["input_ids"]
+            return None if whole[-len(plain) :] == plain else int(whole[-1])
+    return None
+
+
+def set_text_end(tokenizer: Any, *, append_eos: bool) -> None:
+    """Make a tokenizer end each text in its eos_token, unless it ends it in a token already.
+
+    The token counts towards the maximum length, so that a text that is cut still ends in it. It is
+    added by the tokenizer itself, whose files keep it.
+
+    Raises:
+        UserError: It can't be done; or it is not to be, and the tokenizer does it.
+    """
+    from tokenizers import processors
+
+    end = end_token_of(tokenizer)
+    if end is not None:
+        if not append_eos:
+            token = tokenizer.convert_ids_to_tokens(end)
+            raise UserError(
+                f"text.append_eos=false: the tokenizer ends each text in {token!r} by itself; "
+                "leave it out"
+            )
+        return
+    if not append_eos:
+        return
+    eos, backend = tokenizer.eos_token, getattr(tokenizer, "backend_tokenizer", None)
+    if eos is None:
+        raise UserError(
+            "text.append_eos=true: the tokenizer names no eos_token; add it to its "
+            "tokenizer_config.json"
+        )
+    if backend is None:
+        raise UserError(
+            f"text.append_eos=true can't be done with {type(tokenizer).__name__}, which is in pure "
+            "Python; it needs a tokenizer.json"
+        )
+    # One template does it all: of two in a row, the second is passed over.
+    begin = [
+        str(token)
+        for token, is_added in zip(
+            tokenizer("a").tokens(), _added_mask(tokenizer, "a"), strict=True
+        )
+        if is_added
+    ]
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*begin, "$A", eos],
+        pair=[*begin, "$A", eos, *(f"{token}:1" for token in begin), "$B:1", f"{eos}:1"],
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in {*begin, eos}],
+    )
+    cut = tokenizer("a " * 8, truncation=True, max_length=len(begin) + 2)["input_ids"]
+    if not end_token_of(tokenizer) == tokenizer.eos_token_id == cut[-1]:
+        raise UserError(
+            f"text.append_eos=true: the tokenizer can't be made to end texts in {eos!r}; set its "
+            "post_processor in tokenizer.json"
+        )
+
+
+def _added_mask(tokenizer: Any, text: str) -> list[int]:
+    """Return 1 for each token that the tokenizer adds to a text, 0 for the text's own."""
+    mask: list[int] = tokenizer(text, return_special_tokens_mask=True)["special_tokens_mask"]
+    return mask
 
 
 def pad_token_of(tokenizer: Any) -> str:

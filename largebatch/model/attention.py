@@ -27,9 +27,15 @@ PACKABLE = (
     "bert",
     "distilbert",
     "electra",
+    "eurobert",
+    "gemma",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
     "llama",
     "mistral",
     "modernbert",
+    "nomic_bert",
     "qwen2",
     "qwen3",
     "roberta",
@@ -57,7 +63,7 @@ def why_not_packable(backbone: nn.Module, device: torch.device, dtype: torch.dty
         return f"there is no kernel for {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return "the CUDA kernel needs hardware.precision=bf16"
-    for name in ("attention_probs_dropout_prob", "attention_dropout"):
+    for name in ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop"):
         if getattr(config, name, 0):
             return f"the CUDA kernel has no dropout, and {name} is {getattr(config, name)}"
     return _why_no_kernel()
@@ -76,6 +82,23 @@ def use_packed_attention(backbone: nn.Module) -> None:
     AttentionInterface.register(ATTENTION_NAME, packed_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, _mask_of_padded)
     config._attn_implementation = ATTENTION_NAME
+
+
+def set_bidirectional(backbone: nn.Module, *, bidirectional: bool) -> None:
+    """Let the tokens of a decoder see those behind them too, or no longer.
+
+    transformers then takes the causal part out of its masks, and its sliding windows reach to both
+    sides. An exported config.json says so too. Whether the architecture obeys must be looked at.
+    """
+    config: Any = backbone.config
+    config.is_causal = not bidirectional
+
+
+def is_made_bidirectional(module: nn.Module) -> bool:
+    """Return whether a decoder, or an attention layer of one, was made bidirectional."""
+    config = getattr(module, "config", None)
+    # An encoder's layers say themselves that they are not causal.
+    return getattr(config, "is_causal", None) is False and bool(getattr(module, "is_causal", True))
 
 
 _may_be_padded: ContextVar[bool] = ContextVar("may_be_padded", default=True)
@@ -154,7 +177,8 @@ def packed_attention(
         dropout: Share of the weights that is dropped.
         scaling: Factor of the logits.
         is_causal: Whether a token sees only those before it, and itself.
-        sliding_window: A token sees only those that are less than this far away.
+        sliding_window: A token sees only those that are less than this far away, or, in a decoder
+            that was made bidirectional, at most this far, as transformers has it.
         packing: Where texts begin and end. None: the texts are padded.
         kwargs: What else transformers passes on to SDPA.
     """
@@ -167,6 +191,8 @@ def packed_attention(
         )  # fmt: skip
         return output
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if sliding_window is not None and is_made_bidirectional(module):
+        sliding_window += 1
     if query.device.type != "cpu":  # CUDA; or meta, where the tests see what CUDA would do
         assert dropout == 0, "why_not_packable refuses attention dropout on CUDA"
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))

@@ -4,9 +4,8 @@ Shapes: n texts, L tokens, H hidden width, d embedding width.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, nullcontext
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,14 @@ from torch import Tensor, nn
 
 from largebatch.batch import Chunk, Int64Array, IntArray, Texts
 from largebatch.config import PACKINGS
-from largebatch.data.text import TextSettings, lower_texts, pad_token_of, tokenize
+from largebatch.data.text import (
+    TextSettings,
+    end_token_of,
+    lower_texts,
+    pad_token_of,
+    set_text_end,
+    tokenize,
+)
 from largebatch.errors import UserError
 from largebatch.model.attention import (
     known_padding,
@@ -37,16 +43,21 @@ from largebatch.model.chunks import (
 )
 from largebatch.model.compiled import checkpoint_layers as checkpoint_layers_of
 from largebatch.model.compiled import compile_layers, is_compiled, plain_shape
+from largebatch.model.embed import embed_slices
 from largebatch.model.export import (
     Parts,
-    load_pooling_weights,
+    load_module_weights,
+    options_of,
     save_sentence_transformer,
     save_settings,
 )
-from largebatch.model.finite import check_embeddings, check_weights, damaged_weight
+from largebatch.model.finite import check_weights, damaged_weight
+from largebatch.model.head import Head, HeadSettings
 from largebatch.model.last_layer import pooled_tokens, prepare_last_layer
 from largebatch.model.pooling import (
+    THEIR_PACKAGE,
     Pooling,
+    make_pooling,
     pool_chunk,
     pooling_class,
     zero_where_masked,
@@ -72,20 +83,12 @@ from largebatch.model.settings import (
     merged_settings,
     read_settings,
 )
-from largebatch.transfer import to_device, wait_for
+from largebatch.transfer import to_device
 
 log = logging.getLogger(__name__)
 
 WORTH_PACKING = 0.1
 """Share of padding above which packing pays on a CPU; measured by benchmarks/packing.py."""
-
-SLICE_BYTES = 2**27
-"""Most bytes of embeddings that `embed` gives at once: enough texts that sorting them by length
-leaves almost no padding."""
-SLICE_TOKENS = 2**23
-"""Tokens that end a slice of texts, however few they are."""
-TEXTS_PER_CALL = 4096
-"""Texts that the tokenizer gets at once: it takes some 100 bytes a token while it works."""
 
 
 class Encoder(nn.Module):
@@ -94,9 +97,16 @@ class Encoder(nn.Module):
     Args:
         backbone: Any transformers model whose output has `last_hidden_state`.
         tokenizer: Its tokenizer.
-        pooling: cls, mean, last or weighted_mean; or what makes a `Pooling` for a width of hidden
-            states, such as its class.
+        pooling: cls, mean, last, weighted_mean or latent_attention; or what makes a `Pooling` for a
+            width of hidden states, such as its class.
         normalize: Whether embeddings have unit length.
+        latents: Of latent_attention: how many latents there are; None: 512.
+        heads: Of latent_attention: how many heads; None: 8.
+        dense: Widths of linear layers behind the pooling; None: there are none.
+        dense_activations: Function after each of them, or one for all: identity, tanh, relu, gelu
+            or silu; None: identity.
+        dense_bias: Whether they have a bias; None: they have.
+        layer_norm: Whether a LayerNorm without trained weights comes last; None: it does not.
         query_prompt: Put before each query, in training and whenever queries are encoded.
         document_prompt: Put before each document.
         query_max_tokens: Longest query in training; encoding cuts at the larger of both numbers.
@@ -104,16 +114,21 @@ class Encoder(nn.Module):
         default_side: query or document: whose prompt an exported folder puts before a text of
             which sentence-transformers is not told the side. None: no prompt.
         lower_case: Whether texts are put in lower case, whatever the tokenizer does by itself.
+        append_eos: Whether each text ends in a fixed token: the tokenizer's own, else its
+            eos_token. None: as the tokenizer does, with a warning where `last` finds none.
         packing: Whether texts go through the backbone in one row without padding, which gives the
             same embeddings: on (where the backbone allows it), off, or auto (where it is faster).
         compile: Whether torch.compile compiles the layers. Texts are then padded.
         checkpoint_layers: Whether each layer runs again in the backward pass, so that the graph
             holds little more than the layers' inputs.
+        bidirectional: Whether the tokens of a decoder see those behind them too; its sliding
+            windows then reach to both sides. None: as the backbone's config says.
 
     Raises:
         UserError: The pooling or packing is unknown, the tokenizer has tokens that the backbone
-            lacks, a maximum length is beyond the backbone's positions, or the backbone can't be
-            trained, compiled or checkpointed here.
+            lacks, a maximum length is beyond the backbone's positions, the backbone can't be
+            trained, compiled, checkpointed or made bidirectional here, or its first token, which
+            is to be the embedding, sees no other.
     """
 
     def __init__(
@@ -123,20 +138,29 @@ class Encoder(nn.Module):
         *,
         pooling: str | Callable[[int], Pooling] = "mean",
         normalize: bool = True,
+        latents: int | None = None,
+        heads: int | None = None,
+        dense: Sequence[int] | None = None,
+        dense_activations: Sequence[str] | None = None,
+        dense_bias: bool | None = None,
+        layer_norm: bool | None = None,
         query_prompt: str = "",
         document_prompt: str = "",
         query_max_tokens: int = 128,
         document_max_tokens: int = 256,
         default_side: str | None = None,
         lower_case: bool = False,
+        append_eos: bool | None = None,
         packing: str = "auto",
         compile: bool = False,  # noqa: A002
         checkpoint_layers: bool = False,
+        bidirectional: bool | None = None,
     ) -> None:
         super().__init__()
         if packing not in PACKINGS:
             raise UserError(f"packing={packing!r} is not one of {', '.join(PACKINGS)}")
-        make_pooling = pooling_class(pooling) if isinstance(pooling, str) else pooling
+        if isinstance(pooling, str):
+            pooling_class(pooling)  # Before anything takes time.
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.normalize = normalize
@@ -148,24 +172,48 @@ class Encoder(nn.Module):
             query_max_tokens=query_max_tokens,
             document_max_tokens=document_max_tokens,
             default_side=default_side,
+            append_eos=append_eos,
         )
         self.lower_case = lower_case
         self.autocast_dtype: torch.dtype | None = None
         """Set to bfloat16 for mixed precision in the backbone."""
         if lower_case:
             lower_texts(tokenizer)
+        if append_eos is not None:
+            set_text_end(tokenizer, append_eos=append_eos)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = pad_token_of(tokenizer)
         check_fit(backbone, tokenizer, self.text)
         known = set(tokenizer.get_vocab().values())
-        hidden_width = check_backbone(
+        probed = check_backbone(
             backbone,
             token_ids=sorted(known - set(tokenizer.all_special_ids) or known),
             pad_id=self.pad_id,
             longest=self.text.encode_max_tokens,
+            bidirectional=bidirectional,
         )
-        self.pooling = make_pooling(hidden_width)
-        self.embedding_width = self.pooling.width
+        self.pooling = make_pooling(pooling, probed.hidden_width, latents=latents, heads=heads)
+        if self.pooling.token == "first" and probed.is_causal:
+            raise UserError(
+                f"pooling.mode={self.pooling.name}: the first token of {type(backbone).__name__} "
+                "sees no other, so that all texts would be alike; use pooling.mode=last or mean, "
+                "or backbone.bidirectional=true"
+            )
+        if self.pooling.token == "last" and append_eos is None and end_token_of(tokenizer) is None:
+            log.warning(
+                "pooling.mode=%s: the tokenizer ends texts in no fixed token, so that the last "
+                "word of a text stands for all of it; text.append_eos=true appends %s, "
+                "text.append_eos=false says that it is meant",
+                self.pooling.name, tokenizer.eos_token or "an eos_token",
+            )  # fmt: skip
+        settings = HeadSettings.of_options(dense, dense_activations, dense_bias, layer_norm)
+        self.head = Head(self.pooling.width, settings) if settings.is_there else None
+        if any(module.package != THEIR_PACKAGE for module in self.pooling.folder_modules()):
+            log.warning(
+                "pooling.mode=%s: sentence-transformers has nothing like it, so that only "
+                "largebatch loads the exported folder (Encoder.from_pretrained)", self.pooling.name,
+            )  # fmt: skip
+        self.embedding_width = self.pooling.width if self.head is None else self.head.width
         """Width d of an embedding."""
         # Compiled layers share one graph, which would leave out the last layer's hooks.
         self._has_one_token_layer = (
@@ -186,10 +234,17 @@ class Encoder(nn.Module):
         *,
         pooling: str | None = None,
         normalize: bool | None = None,
+        latents: int | None = None,
+        heads: int | None = None,
+        dense: Sequence[int] | None = None,
+        dense_activations: Sequence[str] | None = None,
+        dense_bias: bool | None = None,
+        layer_norm: bool | None = None,
         query_prompt: str | None = None,
         document_prompt: str | None = None,
         query_max_tokens: int | None = None,
         document_max_tokens: int | None = None,
+        append_eos: bool | None = None,
         tokenizer: str | Path | None = None,
         attention: str = "sdpa",
         **how: Any,
@@ -199,7 +254,7 @@ class Encoder(nn.Module):
         What is not given is as the folder's sentence-transformers settings say, else as the
         defaults of the constructor, lengths as far as the model has positions; what is given
         instead is told in a warning. Code of the folder is never run; weights are safetensors.
-        `how` is packing, compile and checkpoint_layers, as in the constructor.
+        `how` is packing, compile, checkpoint_layers and bidirectional, as in the constructor.
 
         Raises:
             UserError: There is no such model, it has no safetensors, a weight is not finite, or its
@@ -211,10 +266,17 @@ class Encoder(nn.Module):
         given = {
             "pooling": pooling,
             "normalize": normalize,
+            "latents": latents,
+            "heads": heads,
+            "dense": None if dense is None else list(dense),
+            "dense_activations": None if dense_activations is None else list(dense_activations),
+            "dense_bias": dense_bias,
+            "layer_norm": layer_norm,
             "query_prompt": query_prompt,
             "document_prompt": document_prompt,
             "query_max_tokens": query_max_tokens,
             "document_max_tokens": document_max_tokens,
+            "append_eos": append_eos,
         }
         settings = merged_settings(name, **given)
         own_tokenizer = tokenizer_of(name, tokenizer)
@@ -223,8 +285,16 @@ class Encoder(nn.Module):
         positions = usable_positions(backbone)
         cut_lengths(settings, given, most=positions, reason=f"{name} has no more positions")
         encoder = cls(backbone, own_tokenizer, **how, **settings)
-        if pooling is None or pooling == read_settings(name).get("pooling"):
-            load_pooling_weights(encoder.pooling, name)
+        own = read_settings(name)
+        load_module_weights(
+            encoder.pooling,
+            encoder.head,
+            name,
+            skip_pooling=any(
+                settings.get(key) != own.get(key) for key in ("pooling", "latents", "heads")
+            ),
+            skip_head=any(settings.get(key) != own.get(key) for key in ("dense", "layer_norm")),
+        )
         check_weights(encoder, name)
         return encoder
 
@@ -271,6 +341,8 @@ class Encoder(nn.Module):
             embeddings_nd = zero_where_masked(hidden_1nH[0], mask_n)
         else:
             embeddings_nd = pool_chunk(self.pooling, self.hidden_states(chunk), chunk)
+        if self.head is not None:
+            embeddings_nd = self.head(embeddings_nd)
         return F.normalize(embeddings_nd, dim=-1) if self.normalize else embeddings_nd
 
     def hidden_states(self, chunk: Chunk) -> Tensor:
@@ -313,7 +385,7 @@ class Encoder(nn.Module):
             texts: Any number of texts.
             tokens_per_chunk: Most tokens in a chunk, padding included.
         """
-        plan, chunks = self._cut(texts, tokens_per_chunk)
+        plan, chunks = self.lazy_chunks(texts, tokens_per_chunk)
         return plan, list(chunks)
 
     def make_token_chunks(
@@ -347,7 +419,9 @@ class Encoder(nn.Module):
             )
         return made
 
-    def _cut(self, texts: Texts, tokens_per_chunk: int) -> tuple[list[TextRows], Iterator[Chunk]]:
+    def lazy_chunks(
+        self, texts: Texts, tokens_per_chunk: int
+    ) -> tuple[list[TextRows], Iterator[Chunk]]:
         """Return what `make_chunks` does, each chunk made when its turn comes."""
         multiple = length_multiple(self.backbone, self.device, self.autocast_dtype)
         plan = plan_chunks(texts.lengths, tokens_per_chunk, multiple=multiple)
@@ -396,6 +470,11 @@ class Encoder(nn.Module):
     def pad_id(self) -> int:
         """Token id that fills the padding."""
         return int(self.tokenizer.pad_token_id)
+
+    @property
+    def pooling_options(self) -> dict[str, Any]:
+        """The options of `pooling` that are in force, but for mode and normalize."""
+        return options_of(self.pooling, self.head)
 
     def tokenize(self, texts: Sequence[str], *, side: str) -> tuple[Texts, int]:
         """Return the tokens of texts of one side as in training, and how many texts were cut."""
@@ -446,8 +525,8 @@ class Encoder(nn.Module):
     ) -> Iterator[npt.NDArray[np.float32]]:
         """Yield the embeddings of texts slice by slice, each float32 `[some, d]`, in their order.
 
-        Neither host nor device holds more than a slice (see `SLICE_BYTES`), so the texts may come
-        from a generator. Inside a slice they are sorted by length.
+        Neither host nor device holds more than a slice (see `SLICE_BYTES` in embed.py), so the
+        texts may come from a generator. Inside a slice they are sorted by length.
 
         Args:
             texts: Any number of texts.
@@ -459,68 +538,9 @@ class Encoder(nn.Module):
             UserError: An embedding is not finite, or all zeros though its text has tokens; or the
                 device has too little memory for a chunk.
         """
-        first = 0
-        total = len(texts) if isinstance(texts, Sized) else None
-        with _progress_bar(total) if progress else nullcontext(_no_progress) as advance:
-            for some, tokens in self._slices(texts, self.text.prompt(side)):
-                embeddings_nd = self._embed(tokens, tokens_per_chunk, advance)
-                check_embeddings(
-                    embeddings_nd,
-                    some,
-                    tokens.lengths,
-                    side=side,
-                    first=first,
-                    normalized=self.normalize,
-                )
-                yield embeddings_nd
-                first += len(some)
-
-    def _slices(self, texts: Iterable[str], prompt: str) -> Iterator[tuple[list[str], Texts]]:
-        """Yield slices of texts with their tokens."""
-        most = max(SLICE_BYTES // (4 * self.embedding_width), 1)
-        left = iter(texts)
-        some: list[str] = []
-        parts: list[Texts] = []
-        num_tokens = 0
-        while part := list(islice(left, min(TEXTS_PER_CALL, most - len(some)))):
-            tokens, _ = tokenize(
-                self.tokenizer, part, prompt=prompt, max_tokens=self.text.encode_max_tokens
-            )
-            some += part
-            parts.append(tokens)
-            num_tokens += len(tokens.tokens)
-            if len(some) == most or num_tokens >= SLICE_TOKENS:
-                yield some, Texts.concatenate(parts)
-                some, parts, num_tokens = [], [], 0
-        if some:
-            yield some, Texts.concatenate(parts)
-
-    @torch.no_grad()
-    def _embed(
-        self, texts: Texts, tokens_per_chunk: int, advance: Callable[[int], None]
-    ) -> npt.NDArray[np.float32]:
-        """Return the embeddings of some texts in eval mode, which the encoder then leaves."""
-        found: list[Tensor] = []
-        was_training = self.training
-        self.eval()
-        try:
-            plan, chunks = self._cut(texts, tokens_per_chunk)
-            for rows, chunk in zip(plan, chunks, strict=True):
-                # Nobody waits for the device here, which works while the next chunk is made.
-                found.append(self(chunk).float().to("cpu", non_blocking=True))
-                advance(len(rows))
-            wait_for(self.device)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{self.device} has too little memory to encode {tokens_per_chunk} tokens at once; "
-                "lower batch_tokens (in train: eval.batch_tokens; of Encoder: tokens_per_chunk)"
-            ) from error
-        finally:
-            self.train(was_training)
-        out = np.empty((texts.num_texts, self.embedding_width), np.float32)
-        for rows, embeddings_nd in zip(plan, found, strict=True):
-            out[rows] = embeddings_nd.numpy()
-        return out
+        return embed_slices(
+            self, texts, side=side, tokens_per_chunk=tokens_per_chunk, progress=progress
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `SentenceTransformer(folder)` and `from_pretrained` load.
@@ -538,7 +558,13 @@ class Encoder(nn.Module):
 
     def _parts(self) -> Parts:
         return Parts(
-            self.backbone, self.tokenizer, self.pooling, self.normalize, self.lower_case, self.text
+            self.backbone,
+            self.tokenizer,
+            self.pooling,
+            self.head,
+            self.normalize,
+            self.lower_case,
+            self.text,
         )
 
     def _is_worth_packing(self, texts: Texts, plan: list[TextRows]) -> bool:
@@ -546,16 +572,3 @@ class Encoder(nn.Module):
             return True
         padded = sum(len(rows) * int(texts.lengths[rows[0]]) for rows in plan)
         return padded > (1 + WORTH_PACKING) * int(texts.lengths.sum())
-
-
-@contextmanager
-def _progress_bar(total: int | None) -> Iterator[Callable[[int], None]]:
-    from rich.progress import Progress
-
-    with Progress() as bar:
-        task = bar.add_task("encoding", total=total)
-        yield lambda num_texts: bar.advance(task, num_texts)
-
-
-def _no_progress(num_texts: int) -> None:
-    pass

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
+from largebatch.model.head import Head
 from largebatch.model.lora import has_adapters, merged_state
 from largebatch.model.pooling import FolderModule, Pooling
-from largebatch.model.pretrained import quiet_transformers
+from largebatch.model.pretrained import load_tokenizer, quiet_transformers
 from largebatch.model.settings import SETTINGS_FILE, find_file
 
 WEIGHTS_FILE = "model.safetensors"
@@ -27,6 +28,7 @@ class Parts(NamedTuple):
     """A transformers model."""
     tokenizer: Any
     pooling: Pooling
+    head: Head | None
     normalize: bool
     lower_case: bool
     text: TextSettings
@@ -40,7 +42,7 @@ def save_sentence_transformer(parts: Parts, folder: Path) -> None:
     has one; the two numbers themselves stand in largebatch.json for a later training.
     """
     save_settings(parts, folder)
-    for path, module in _numbered(parts.pooling.folder_modules()).items():
+    for path, module in _numbered(modules_of(parts.pooling, parts.head)).items():
         if module.tensors:
             tensors = {name: _savable(tensor) for name, tensor in module.tensors.items()}
             save_file(tensors, folder / path / WEIGHTS_FILE)
@@ -61,11 +63,11 @@ def save_settings(parts: Parts, folder: Path) -> None:
     # sentence-transformers doesn't pass.
     tokenizer.padding_side = "right"
     tokenizer.model_max_length = text.encode_max_tokens
-    tokenizer.save_pretrained(folder)
+    _save_tokenizer(tokenizer, folder)
     tokenizer.padding_side, tokenizer.model_max_length = kept
 
     pooling_modules = parts.pooling.folder_modules()
-    modules = [FolderModule("Transformer", {}, {}), *pooling_modules]
+    modules = [FolderModule("Transformer", {}, {}), *modules_of(parts.pooling, parts.head)]
     if parts.normalize:
         modules.append(FolderModule("Normalize", {}, {}))
     paths = ["", *_numbered(modules[1:])]
@@ -76,7 +78,7 @@ def save_settings(parts: Parts, folder: Path) -> None:
                 "idx": number,
                 "name": str(number),
                 "path": path,
-                "type": f"sentence_transformers.models.{module.kind}",
+                "type": f"{module.package}.{module.kind}",
             }
             for number, (path, module) in enumerate(zip(paths, modules, strict=True))
         ],
@@ -101,32 +103,99 @@ def save_settings(parts: Parts, folder: Path) -> None:
         "query_max_tokens": text.query_max_tokens,
         "document_max_tokens": text.document_max_tokens,
     }
-    if len(pooling_modules) > 1:
+    if text.append_eos is not None:
+        own["append_eos"] = text.append_eos
+    if [module.kind for module in pooling_modules] != ["Pooling"]:
         own["pooling"] = parts.pooling.name
+        own["pooling_options"] = options_of(parts.pooling, parts.head)
     _write(folder / SETTINGS_FILE, own)
 
 
-def load_pooling_weights(pooling: Pooling, name: str) -> None:
-    """Copy the weights of a pooling, if it has any, from a folder or hub name into it.
+def modules_of(pooling: Pooling, head: Head | None) -> list[FolderModule]:
+    """Return the modules between the Transformer and the Normalize."""
+    return [*pooling.folder_modules(), *(head.folder_modules() if head is not None else ())]
+
+
+def options_of(pooling: Pooling, head: Head | None) -> dict[str, Any]:
+    """Return the options of `pooling` that make a pooling and a head, but for its mode."""
+    options = {**pooling.option_values, "dense": [], "layer_norm": False}
+    if head is not None:
+        settings = head.settings
+        options |= {"dense": list(settings.widths), "layer_norm": settings.layer_norm}
+        if settings.widths:
+            options["dense_activations"] = list(settings.activations)
+            options["dense_bias"] = settings.has_bias
+    return options
+
+
+def load_module_weights(
+    pooling: Pooling, head: Head | None, name: str, *, skip_pooling: bool, skip_head: bool
+) -> None:
+    """Copy the weights of a pooling and a head, if they have any, from a folder or hub name.
+
+    Args:
+        pooling: As the folder's, unless it is skipped.
+        head: As the folder's, unless it is skipped.
+        name: Folder or hub name.
+        skip_pooling: Whether the pooling keeps its weights.
+        skip_head: Whether the head does.
 
     Raises:
         UserError: They are not there, or of another shape.
     """
-    for path, module in _numbered(pooling.folder_modules()).items():
-        if not module.tensors:
+    num_pooling = len(pooling.folder_modules())
+    for number, (path, module) in enumerate(_numbered(modules_of(pooling, head)).items()):
+        if not module.tensors or (skip_pooling if number < num_pooling else skip_head):
             continue
         file = find_file(name, f"{path}/{WEIGHTS_FILE}")
         if file is None:
-            raise UserError(f"{name!r} has no {path}/{WEIGHTS_FILE}, the weights of its pooling")
+            raise UserError(f"{name!r} has no {path}/{WEIGHTS_FILE}, weights that it needs")
         try:
             found = load_file(file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} can't be read: {error}") from error
-        for name, tensor in module.tensors.items():
-            if name not in found or found[name].shape != tensor.shape:
-                raise UserError(f"{file} does not hold {name} of shape {list(tensor.shape)}")
+        for key, tensor in module.tensors.items():
+            if key not in found or found[key].shape != tensor.shape:
+                raise UserError(f"{file} does not hold {key} of shape {list(tensor.shape)}")
             with torch.no_grad():
-                tensor.copy_(found[name])
+                tensor.copy_(found[key])
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer such that transformers, which may build it anew, gives the same tokens.
+
+    Raises:
+        UserError: It gives others.
+    """
+    tokenizer.save_pretrained(folder)
+    if _comes_back(tokenizer, folder):
+        return
+    # Some of its classes forget what tokenizer.json says; this one does as it says.
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    _write(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    if not _comes_back(tokenizer, folder):
+        raise UserError(
+            "the tokenizer can't be exported: transformers would load it as "
+            f"{type(load_tokenizer(str(folder))).__name__}, which gives other tokens; take the "
+            "tokenizer that belongs to the architecture, by backbone.tokenizer"
+        )
+
+
+def _comes_back(tokenizer: Any, folder: Path) -> bool:
+    """Return whether the tokenizer of a folder gives the same tokens."""
+    again = load_tokenizer(str(folder))
+    if len(again) != len(tokenizer):
+        return False
+    known = tokenizer.decode(list(range(min(len(tokenizer), 100))), skip_special_tokens=True)
+    # In lower case: what puts texts in lower case is not the tokenizer's class alone.
+    texts = ["", "the quick brown fox: 1,234 words.", known.lower()]
+    return all(
+        again(text, truncation=cut, max_length=6)["input_ids"]
+        == tokenizer(text, truncation=cut, max_length=6)["input_ids"]
+        for text in texts
+        for cut in (True, False)
+    )
 
 
 def _numbered(modules: Sequence[FolderModule]) -> dict[str, FolderModule]:

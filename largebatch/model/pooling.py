@@ -10,15 +10,18 @@ A new one is a subclass here, its name in `POOLINGS` of `largebatch/config/model
 Shapes: n texts, L tokens, H hidden width, d width of what the pooling returns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from largebatch.batch import Chunk, Packing
 from largebatch.config import POOLINGS, suggest
 from largebatch.errors import UserError
+
+THEIR_PACKAGE = "sentence_transformers.models"
 
 
 class FolderModule(NamedTuple):
@@ -30,6 +33,8 @@ class FolderModule(NamedTuple):
     """What its config.json says."""
     tensors: Mapping[str, Tensor]
     """Its weights, by sentence-transformers' names."""
+    package: str = THEIR_PACKAGE
+    """Where its class is."""
 
 
 FOLDER_NAMES = (
@@ -51,8 +56,11 @@ class Pooling(nn.Module):
 
     name: ClassVar[str]
     """What the option `pooling.mode` calls it."""
-    folder_name: ClassVar[str]
-    """What sentence-transformers calls how its Pooling sums tokens up: one of FOLDER_NAMES."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """Options of `pooling` that it knows: keyword arguments, and attributes of the same name."""
+    folder_name: ClassVar[str] = ""
+    """What sentence-transformers calls how its Pooling sums tokens up: one of FOLDER_NAMES. Empty:
+    it has nothing like it."""
     token: ClassVar[Literal["first", "last"] | None] = None
     """The only token of a text that it looks at, and returns as it is. None: there is none."""
 
@@ -64,6 +72,11 @@ class Pooling(nn.Module):
     def width(self) -> int:
         """Width d of what it returns."""
         return self.hidden_width
+
+    @property
+    def option_values(self) -> dict[str, Any]:
+        """Its options by name."""
+        return {name: getattr(self, name) for name in self.options}
 
     def forward(self, hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
         """Return the vector of each text, `[n, d]`; the mask is 1 for tokens, 0 for padding."""
@@ -125,6 +138,86 @@ class WeightedMean(Pooling):
     def forward(self, hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
         """Return the mean of each text, `[n, H]`."""
         return weighted_mean(hidden_nLH, (mask_nL.cumsum(dim=1) * mask_nL).to(hidden_nLH.dtype))
+
+
+class LatentAttention(Pooling):
+    """Lets tokens attend to trained latents, and takes the mean (NV-Embed, arXiv 2405.17428).
+
+    With the hidden states as queries Q and the latents as keys and values, K = V:
+
+        O = softmax(Q K^T) V,   MLP(O) = W2 GELU(W1 O),   the mean over tokens
+
+    in several heads, each a part of the width, with the logits over the square root of that part.
+    The inner width of the MLP is four times H; the paper was not seen to name one.
+
+    Args:
+        hidden_width: Width H of a hidden state.
+        latents: How many latents there are.
+        heads: How many heads; H is a multiple.
+
+    Raises:
+        UserError: It is not.
+    """
+
+    name = "latent_attention"
+    options = ("latents", "heads")
+
+    def __init__(self, hidden_width: int, latents: int = 512, heads: int = 8) -> None:
+        super().__init__(hidden_width)
+        if hidden_width % heads:
+            raise UserError(
+                f"pooling.heads={heads} does not divide the width of hidden states, {hidden_width}"
+            )
+        self.latents = latents
+        self.heads = heads
+        self.dictionary = nn.Parameter(torch.randn(latents, hidden_width))
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_width, 4 * hidden_width),
+            nn.GELU(),
+            nn.Linear(4 * hidden_width, hidden_width),
+        )
+
+    def forward(self, hidden_nLH: Tensor, mask_nL: Tensor) -> Tensor:
+        """Return the mean of each text's tokens behind attention and MLP, `[n, H]`."""
+        n = len(hidden_nLH)
+        queries = hidden_nLH.unflatten(2, (self.heads, -1)).transpose(
+            1, 2
+        )  # [n, heads, L, H/heads]
+        latents = self.dictionary.unflatten(1, (self.heads, -1)).transpose(0, 1)
+        latents = latents[None].expand(n, -1, -1, -1)  # [n, heads, latents, H/heads]
+        attended = F.scaled_dot_product_attention(queries, latents, latents)
+        outputs_nLH = self.mlp(attended.transpose(1, 2).flatten(2))
+        return weighted_mean(outputs_nLH, mask_nL.to(outputs_nLH.dtype))
+
+    def folder_modules(self) -> Sequence[FolderModule]:
+        """Return a module of our own: sentence-transformers has none that does this."""
+        config = {"hidden_width": self.hidden_width, **self.option_values}
+        weights = {name: parameter.data for name, parameter in self.named_parameters()}
+        return [FolderModule("LatentAttention", config, weights, __name__)]
+
+
+def make_pooling(
+    pooling: str | Callable[..., Pooling], hidden_width: int, **options: Any
+) -> Pooling:
+    """Return a pooling for hidden states of a width.
+
+    Args:
+        pooling: Its name, or what makes one of a width.
+        hidden_width: Width H of a hidden state.
+        options: Options of `pooling`; those that are None are not given.
+
+    Raises:
+        UserError: There is none of that name, or it doesn't know an option.
+    """
+    make = pooling_class(pooling) if isinstance(pooling, str) else pooling
+    given = {key: value for key, value in options.items() if value is not None}
+    for key, value in given.items():
+        if key not in getattr(make, "options", ()):
+            raise UserError(
+                f"pooling.{key}={value} is nothing that pooling.mode={getattr(make, 'name', make)} "
+                "knows; leave it out"
+            )
+    return make(hidden_width, **given)
 
 
 def pooling_class(name: str) -> type[Pooling]:

@@ -17,6 +17,20 @@ from largebatch.errors import UserError
 log = logging.getLogger(__name__)
 
 
+NOT_IN_ITS_CONFIG = {
+    "deberta-v2": (
+        "attention_head_size",
+        "conv_act",
+        "conv_groups",
+        "conv_kernel_size",
+        "norm_rel_ebd",
+        "position_buckets",
+        "share_att_key",
+    )
+}
+"""Entries that an architecture reads, though its config doesn't list them: DeBERTa-v3's."""
+
+
 def load_backbone(name: str, *, attention: str) -> nn.Module:
     """Load a pre-trained transformers model in float32.
 
@@ -77,7 +91,10 @@ def new_backbone(
             f"backbone.model_type={model_type!r} is no architecture of transformers"
             f"{suggest(model_type, CONFIG_MAPPING.keys())}"
         )
-    known = AutoConfig.for_model(model_type).to_dict()
+    known = [
+        *AutoConfig.for_model(model_type).to_dict(),
+        *NOT_IN_ITS_CONFIG.get(model_type, ()),
+    ]
     for key in config:
         if key not in known:
             raise UserError(

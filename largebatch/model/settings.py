@@ -10,22 +10,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from largebatch.config import POOLINGS
+from largebatch.config import POOLINGS, PoolingConfig
 from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
+from largebatch.model.head import head_options
 from largebatch.model.pooling import pooling_class
 
 log = logging.getLogger(__name__)
 
 SETTINGS_FILE = "largebatch.json"
-"""Holds what a sentence-transformers folder has no place for: the maximum length of each side."""
+"""Holds what a sentence-transformers folder has no place for: the maximum length of each side, and
+whether texts were made to end in a fixed token."""
 
 
 def _short(folder_name: str) -> str:
     return folder_name.removesuffix("_tokens").removesuffix("_token")
 
 
-POOLING_NAMES = {_short(pooling_class(name).folder_name): name for name in POOLINGS}
+POOLING_NAMES = {
+    _short(folder_name): name
+    for name in POOLINGS
+    if (folder_name := pooling_class(name).folder_name)
+}
 """Poolings by the name that sentence-transformers gives them."""
 
 LENGTHS = ("query_max_tokens", "document_max_tokens")
@@ -36,10 +42,17 @@ NO_LIMIT = 10**6
 OPTIONS = {
     "pooling": "pooling.mode",
     "normalize": "pooling.normalize",
+    "latents": "pooling.latents",
+    "heads": "pooling.heads",
+    "dense": "pooling.dense",
+    "dense_activations": "pooling.dense_activations",
+    "dense_bias": "pooling.dense_bias",
+    "layer_norm": "pooling.layer_norm",
     "query_prompt": "text.query_prompt",
     "document_prompt": "text.document_prompt",
     "query_max_tokens": "text.query_max_tokens",
     "document_max_tokens": "text.document_max_tokens",
+    "append_eos": "text.append_eos",
 }
 """The option that overrides each setting."""
 
@@ -57,7 +70,7 @@ TRANSFORMER_FILES = (
 )
 """Where sentence-transformers keeps the settings of its Transformer, by version."""
 
-_MODULES = ["Transformer", "Pooling", "Normalize"]
+_MODULES = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize")
 _HARMLESS_ARGUMENTS = {
     "attn_implementation",
     "device_map",
@@ -84,9 +97,16 @@ def read_settings(name: str) -> dict[str, Any]:
     if modules is None:
         return {}
     own = _read_object(name, SETTINGS_FILE)
-    settings = _settings_of_modules(name, modules, own.pop("pooling", None))
+    settings = _settings_of_modules(
+        name, modules, own.pop("pooling", None), own.pop("pooling_options", {})
+    )
     settings |= _settings_of_transformer(name)
     settings |= _settings_of_model(name, normalize=settings["normalize"])
+    if "append_eos" in own:
+        append_eos = own.pop("append_eos")
+        if not isinstance(append_eos, bool):
+            raise UserError(f"{name!r}: append_eos in {SETTINGS_FILE} is neither true nor false")
+        settings["append_eos"] = append_eos
     return settings | _own_lengths(name, own, settings)
 
 
@@ -96,6 +116,12 @@ def merged_settings(name: str, **given: Any) -> dict[str, Any]:
     Each that is given and differs from what the folder says is told in a warning.
     """
     settings = read_settings(name)
+    if given.get("pooling") not in (None, settings.get("pooling")):
+        for key in ("latents", "heads"):  # They belong to the folder's own pooling,
+            settings.pop(key, None)
+    if given.get("dense") is not None and given["dense"] != settings.get("dense"):
+        for key in ("dense_activations", "dense_bias"):  # and these to its own layers.
+            settings.pop(key, None)
     for key, value in given.items():
         if value is not None and key in settings and value != settings[key]:
             log.warning(
@@ -148,14 +174,17 @@ def cut_at_tokenizer(
             )  # fmt: skip
 
 
-def _settings_of_modules(name: str, modules: Any, own_pooling: Any) -> dict[str, Any]:
-    """Return pooling and normalize.
+def _settings_of_modules(
+    name: str, modules: Any, own_pooling: Any, own_options: Any
+) -> dict[str, Any]:
+    """Return pooling, its options and normalize.
 
     Args:
         name: Of the model.
         modules: What modules.json holds.
-        own_pooling: The pooling that largebatch.json names, which may be made of several modules;
-            None: it names none.
+        own_pooling: The pooling that largebatch.json names, which sentence-transformers has no
+            name for; None: it names none.
+        own_options: Its options.
     """
     try:
         parts = [(str(module["type"]), str(module["path"])) for module in modules]
@@ -166,38 +195,49 @@ def _settings_of_modules(name: str, modules: Any, own_pooling: Any) -> dict[str,
     kinds = []
     for kind, path in parts:
         package, _, short = kind.rpartition(".")
-        known = package.partition(".")[0] == "sentence_transformers" and (
-            short in _MODULES or own_pooling is not None
+        known = own_pooling is not None or (
+            package.partition(".")[0] == "sentence_transformers" and short in _MODULES
         )
         if not known or (short == "Transformer" and path):
             raise UserError(
                 f"{name!r} has the module {kind} at {path!r}, which can't be trained here; a "
-                "Transformer in the folder itself, a Pooling and a Normalize can"
+                "Transformer in the folder itself, a Pooling, a Dense, a LayerNorm and a Normalize "
+                "can"
             )
         kinds.append(short)
-    normalize = kinds[-1:] == _MODULES[-1:]
+    normalize = kinds[-1:] == ["Normalize"]
     if own_pooling is not None:
-        if own_pooling not in POOLINGS:
-            raise UserError(
-                f"{name!r}: pooling={own_pooling!r} in {SETTINGS_FILE} is not one of "
-                f"{', '.join(POOLINGS)}"
-            )
-        return {"pooling": own_pooling, "normalize": normalize}
-    if kinds not in (_MODULES, _MODULES[:2]):
+        return _own_pooling(name, own_pooling, own_options) | {"normalize": normalize}
+    body = kinds[1:-1] if normalize else kinds[1:]
+    if kinds[:1] != ["Transformer"] or body[:1] != ["Pooling"] or "Normalize" in body:
         raise UserError(
             f"{name!r} has the modules {', '.join(kinds)}; a Transformer, a Pooling and, if "
             "embeddings have unit length, a Normalize are needed, in this order"
         )
     if normalize:
-        config = _read_object(name, f"{parts[2][1]}/config.json")
+        config = _read_object(name, f"{parts[-1][1]}/config.json")
         for key in ("module_input_name", "module_output_name"):
             if config.get(key) not in (None, "sentence_embedding"):
                 raise UserError(
-                    f"{name!r} normalizes {config[key]} ({parts[2][1]}/config.json), which is not "
+                    f"{name!r} normalizes {config[key]} ({parts[-1][1]}/config.json), which is not "
                     "supported; only embeddings of texts are normalized here"
                 )
-    pooling = _pooling_of(name, _read_object(name, f"{parts[1][1]}/config.json"))
-    return {"pooling": pooling, "normalize": normalize}
+    configs = [_read_object(name, f"{path}/config.json") for _, path in parts[1 : 1 + len(body)]]
+    head = head_options(name, list(zip(body[1:], configs[1:], strict=True)))
+    return {"pooling": _pooling_of(name, configs[0]), "normalize": normalize, **head}
+
+
+def _own_pooling(name: str, pooling: Any, options: Any) -> dict[str, Any]:
+    """Return the pooling that largebatch.json names, and its options."""
+    if pooling not in POOLINGS:
+        raise UserError(
+            f"{name!r}: pooling={pooling!r} in {SETTINGS_FILE} is not one of {', '.join(POOLINGS)}"
+        )
+    try:
+        PoolingConfig(mode=pooling, **options)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{name!r}: pooling_options in {SETTINGS_FILE}: {error}") from error
+    return {"pooling": pooling, **options}
 
 
 def _pooling_of(name: str, config: dict[str, Any]) -> str:

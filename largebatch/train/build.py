@@ -273,8 +273,8 @@ def build_encoder(
 
     Parts that are not trained are frozen, and adapters are in place. A tokenizer that is trained
     here sees the sources by their shares; `marks_words` is whether its tokens tell where words
-    begin. `folder` keeps its architecture and tokenizer, so that resuming and exporting need neither the
-    hub nor the folder that the run started from.
+    begin. `folder` keeps its architecture and tokenizer, so that resuming and exporting need
+    neither the hub nor the folder that the run started from.
 
     Raises:
         UserError: The model or its tokenizer can't be used.
@@ -310,10 +310,12 @@ def _whole_encoder(
         "packing": backbone.packing,
         "compile": backbone.compile,
         "checkpoint_layers": backbone.checkpoint_layers,
+        "bidirectional": backbone.bidirectional,
     }
+    pooling = asdict(config.pooling)
     given = {
-        "pooling": config.pooling.mode,
-        "normalize": config.pooling.normalize,
+        "pooling": pooling.pop("mode"),
+        **pooling,
         **config.text.settings(),
     }
     if resumes:
@@ -335,6 +337,7 @@ def _whole_encoder(
                 _tokenizer(config, sources, shares, marks_words=marks_words),
                 config=backbone.config,
                 attention=backbone.attention,
+                bidirectional=backbone.bidirectional,
                 **{name: value for name, value in given.items() if value is not None},
             ),
             folder,
@@ -357,7 +360,16 @@ def in_force(config: TrainConfig, encoder: Encoder) -> TrainConfig:
         for name in config.text.settings()
         if getattr(config.text, name) is None
     }
-    pooling = replace(config.pooling, mode=encoder.pooling.name, normalize=encoder.normalize)
+    pooling = replace(
+        config.pooling,
+        mode=encoder.pooling.name,
+        normalize=encoder.normalize,
+        **{
+            name: value
+            for name, value in encoder.pooling_options.items()
+            if getattr(config.pooling, name) is None  # What is given stays as it was written.
+        },
+    )
     return replace(config, pooling=pooling, text=replace(config.text, **text))
 
 

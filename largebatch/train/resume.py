@@ -41,7 +41,7 @@ MAY_CHANGE = (
 )
 """Options that say how to run and how long, not what is trained on or how."""
 
-NEWER = ("data.sources.*.mask_same_id",)
+NEWER = ("backbone.bidirectional", "data.sources.*.mask_same_id")
 """Options that were not there when older runs began; those go on with what is set now."""
 
 OFF: dict[str, Any] = {

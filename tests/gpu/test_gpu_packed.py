@@ -30,7 +30,7 @@ def test_packed_is_as_near_to_float64_as_padded(device, model_type, pooling):
     if device.type == "cpu" and (model_type, pooling) not in (("bert", "last"), ("qwen3", "mean")):
         pytest.skip("two architectures stand in; all of them are tested in float64")
     encoder = make_encoder(model_type, pooling=pooling)
-    for name in ("attention_probs_dropout_prob", "attention_dropout"):
+    for name in ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop"):
         if hasattr(encoder.backbone.config, name):
             setattr(encoder.backbone.config, name, 0.0)
     expected = embeddings_and_gradients(encoder, "off")
@@ -45,6 +45,6 @@ def test_packed_is_as_near_to_float64_as_padded(device, model_type, pooling):
 
 def test_head_widths_are_those_that_the_kernel_takes():
     for config in CONFIGS.values():
-        width = config.get("hidden_size", config.get("dim"))
-        heads = config.get("num_attention_heads", config.get("n_heads"))
+        width = config.get("hidden_size", config.get("dim", config.get("n_embd")))
+        heads = config.get("num_attention_heads", config.get("n_heads", config.get("n_head")))
         assert config.get("head_dim", width // heads) % 8 == 0

@@ -110,7 +110,14 @@ def encoder_of(backbone, pooling, *, normalize=True):
     kind = {"bert": "encoder", "modernbert": "encoder", "qwen3": "decoder", "gpt2": "bare"}
     tokenizer = tokenizer_of(kind[model_type], side or "right")
     torch.manual_seed(0)
-    encoder = Encoder.from_scratch(model_type, tokenizer, config=SIZES[model_type], **settings)
+    encoder = Encoder.from_scratch(
+        model_type,
+        tokenizer,
+        config=SIZES[model_type],
+        # The first token of a causal decoder sees no other.
+        bidirectional=True if pooling == "cls" else None,
+        **settings,
+    )
     # From scratch all weights are so small that every text looks alike: positions, too.
     for parameter in encoder.parameters():
         if parameter.ndim == 2:
@@ -118,7 +125,7 @@ def encoder_of(backbone, pooling, *, normalize=True):
     return encoder
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", [name for name in POOLINGS if name != "latent_attention"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_sentence_transformers_gives_the_same(tmp_path, backbone, pooling):
     encoder = encoder_of(backbone, pooling)
@@ -141,8 +148,6 @@ def test_sentence_transformers_gives_the_same(tmp_path, backbone, pooling):
             np.testing.assert_allclose(
                 theirs.encode(TEXTS, prompt_name=side), ours, rtol=0, atol=1e-5
             )
-    if pooling == "cls" and backbone not in ("minilm", "bert", "modernbert"):
-        return  # A decoder's first token sees no other: all texts are alike, and all scores tie.
     # Texts and sides differ from each other, so that equality above says something.
     assert abs(ours[4] - ours[5]).max() > 1e-2
     assert abs(encoder.encode(TEXTS[4:6], side="query") - ours[4:6]).max() > 1e-2

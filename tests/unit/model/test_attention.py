@@ -28,9 +28,16 @@ CONFIGS = {
     "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24,
                    "max_position_embeddings": 48},
     "electra": {**BASE, "embedding_size": 8},
+    "eurobert": DECODER,
+    "gemma": {**DECODER, "head_dim": 8},
+    "gemma3_text": {**DECODER, "head_dim": 8, "sliding_window": 6,
+                    "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 48},
+    "gpt_neox": BASE,
     "llama": DECODER,
     "mistral": {**DECODER, "sliding_window": 6},
     "modernbert": {**BASE, "local_attention": 8},
+    "nomic_bert": {**BASE, "head_dim": 8},
     "qwen2": DECODER,
     "qwen3": {**DECODER, "head_dim": 8},
     "roberta": BASE,
@@ -214,6 +221,8 @@ def test_reasons_against_packing():
     bert = make_encoder("bert").backbone
     assert why_not_packable(bert, CPU, torch.float32) is None
     assert "dropout" in why_not_packable(bert, CUDA, torch.bfloat16)
+    gpt2 = make_encoder("gpt2").backbone
+    assert "attn_pdrop is 0.1" in why_not_packable(gpt2, CUDA, torch.bfloat16)
     bert.config.attention_probs_dropout_prob = 0.0
     assert "precision=bf16" in why_not_packable(bert, CUDA, torch.float32)
     assert why_not_packable(bert, CUDA, torch.bfloat16) is None

@@ -30,13 +30,14 @@ OWN_NAMES = {
         "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 64,
     },
     "modernbert": {**CONFIG, "local_attention": 8},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
 }  # fmt: skip
 
 
 def make_encoder(model_type, **settings):
     torch.manual_seed(0)
     config = dict(OWN_NAMES.get(model_type, CONFIG))
-    if model_type in ("llama", "mistral", "qwen2", "qwen3"):
+    if model_type in ("gemma", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"):
         config |= {"num_key_value_heads": 1, "head_dim": 8}
         if model_type == "qwen2":
             del config["head_dim"]

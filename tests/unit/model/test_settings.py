@@ -170,7 +170,8 @@ def test_what_cannot_be_done_is_refused(folder, files, message):
     [
         (["Transformer"], "has the modules Transformer; a Transformer, a Pooling"),
         (["Transformer", "Normalize", "Pooling"], "in this order"),
-        (["Transformer", "Pooling", "Dense"], "has the module .*Dense"),
+        (["Transformer", "Pooling", "CNN"], "has the module .*CNN"),
+        (["Transformer", "Dense", "Pooling"], "in this order"),
     ],
 )
 def test_modules_that_are_not_ours(folder, kinds, message):

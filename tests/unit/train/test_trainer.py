@@ -147,7 +147,9 @@ def test_a_run_from_a_checkpoint_is_as_the_checkpoint_says_unless_told(data, who
     def settings(folder):
         encoder = Encoder.from_pretrained(folder / "model")
         config = yaml.safe_load((folder / "config.yaml").read_text())
-        assert config["pooling"] == {"mode": encoder.pooling.name, "normalize": encoder.normalize}
+        pooling = {"mode": encoder.pooling.name, "normalize": encoder.normalize}
+        pooling |= encoder.pooling_options
+        assert {name: config["pooling"][name] for name in pooling} == pooling
         assert config["text"].pop("task") is None
         for name, value in config["text"].items():
             assert getattr(encoder.text, name) == value
