@@ -144,7 +144,7 @@ def losses_of_rows(positive_b: Tensor, others_b: Tensor, *, times: int = 1) -> T
         others_b: Its log-sum-exp over all other candidates.
         times: How often the positive stands in Z.
     """
-    return torch.logaddexp(others_b - positive_b, positive_b.new_tensor(math.log(times)))
+    return torch.logaddexp(others_b - positive_b, positive_b.new_full((), math.log(times)))
 
 
 class _TiledLogSumExps(torch.autograd.Function):
