@@ -67,6 +67,7 @@ MODES = {
         "mask_share": 1.0,
         "guide": True,
     },
+    "hardness": {"own_negatives": True, "hardness": 3.0, "own_hardness": 5.0},
     "widths": {"matryoshka": Matryoshka.of([16, 5], reduction="mean")},
     "widths, both ways": {
         "symmetric": True,
@@ -94,7 +95,7 @@ def plain_loss(q, d, n, scale, mode, guided):
     own_only, apart = mode.get("own_negatives", False), mode.get("own_apart", False)
     losses, masked, possible = [], 0, 0
 
-    def left(row, a, side, others, judged, texts, known, own=None):
+    def left(row, a, side, others, judged, texts, known, own=None, hardness=0.0):
         """Return the logits of what `a[row]` is contrasted with."""
         nonlocal masked, possible
         top = judges[0][row] @ judges[1][row]
@@ -112,7 +113,8 @@ def plain_loss(q, d, n, scale, mode, guided):
             if false or judges[side][row] @ judged[column] > highest:
                 masked += 1
             else:
-                kept.append(scale * a[row] @ others[column])
+                score = a[row] @ others[column]
+                kept.append(scale * score + hardness * score.detach())
         return torch.stack(kept) if kept else q.new_full((1,), -torch.inf)
 
     for i in range(NUM_PAIRS):
@@ -127,7 +129,8 @@ def plain_loss(q, d, n, scale, mode, guided):
             wanted = mode.get("candidates", ["query_document"])
             wanted = [*wanted, "document_query"] if mode.get("symmetric") else wanted
             if "query_document" in wanted:
-                kinds["qd"] = left(i, q, 0, d, judges[1], DOCUMENTS, answers, i)
+                hardness = mode.get("hardness", 0.0)
+                kinds["qd"] = left(i, q, 0, d, judges[1], DOCUMENTS, answers, i, hardness)
                 if not own_only:
                     further = left(i, q, 0, n, judges[2], NEGATIVES, answers)
                     kinds["qd"] = torch.cat([kinds["qd"], further])
@@ -141,7 +144,8 @@ def plain_loss(q, d, n, scale, mode, guided):
         if own_only:
             mine = np.flatnonzero(i == OWNERS)
             texts = [NEGATIVES[one] for one in mine]
-            own = left(i, q, 0, n[mine], judges[2][mine], texts, answers)
+            hardness = mode.get("own_hardness", 0.0)
+            own = left(i, q, 0, n[mine], judges[2][mine], texts, answers, None, hardness)
 
         def loss_of(*parts, times=1, positive=positive):
             others = torch.cat(parts)
