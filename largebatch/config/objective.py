@@ -207,6 +207,12 @@ class ObjectiveConfig:
     """Whose the records' own negatives are. all: every query of the global batch is contrasted with
     them; own: only the query of their record; apart: as own, in a softmax of their own, whose loss
     is added to that of the batch (F2LLM)."""
+    hardness: float = 0.0
+    """How much more documents of other pairs weigh by their score: e^(hardness * score) times (9 in
+    arXiv 2503.04812). 0: all weigh alike."""
+    own_hardness: float = 0.0
+    """The same for the record's own negatives (EmbeddingGemma: 5); needs objective.negatives=own or
+    apart."""
     matryoshka_dims: list[int] = field(default_factory=list)
     """Widths at which the loss is taken, of the first numbers of an embedding, brought to unit
     length. Empty: the whole embedding only."""
@@ -226,6 +232,13 @@ class ObjectiveConfig:
         faults.one_of("objective.negatives", self.negatives, NEGATIVES)
         self._check_candidates(faults)
         self._check_masks(faults)
+        faults.at_least("objective.hardness", self.hardness, 0)
+        faults.at_least("objective.own_hardness", self.own_hardness, 0)
+        faults.check(
+            self.own_hardness == 0 or self.negatives != "all",
+            f"objective.own_hardness={self.own_hardness} is for the query's own negatives, and "
+            "objective.negatives=all gives them to all; set negatives=own, or use hardness",
+        )
         self._check_matryoshka(faults)
         self.mlm.check("objective.mlm", faults)
         self.retromae.check("objective.retromae", faults)

@@ -13,7 +13,8 @@ The slow version for one kind, which the tests compare with, value and every gra
     judged = scores, or those of a guide
     left_out = false_negatives | (judged > highest_b[:, None])  # see masks.py
     left_out[range(b), own_b] = True
-    values_b = logsumexp((scale * scores).masked_fill(left_out, -inf), 1)
+    logits = scale * scores + hardness * scores.detach()
+    values_b = logsumexp(logits.masked_fill(left_out, -inf), 1)
 
 Each row's own candidate is left out here, since the positive stands apart from all others, as in
 softplus(logsumexp(others) - positive): infonce.py says why. A score beyond its limit has no
@@ -46,6 +47,9 @@ class Candidates(NamedTuple):
     """int64, the number of each pair's own candidate, which is left out."""
     false_negatives: FalseNegatives | None = None
     """Further ones that are left out; made for these numbers. None: none is known."""
+    hardness: float = 0.0
+    """How much more a candidate weighs by its score: e^(hardness * score) times, without gradient
+    (arXiv 2503.04812, eq. 5)."""
 
     @property
     def number(self) -> int:
@@ -59,9 +63,10 @@ class LogSumExps(NamedTuple):
     values_kb: Tensor
     """Over each kind of candidates, -inf where none is left."""
     highest_kb: Tensor
-    """The highest logit of each kind, without gradient; -inf where none is left."""
+    """scale * the highest score of each kind, without gradient; -inf where none is left."""
     masked: Tensor
-    """Scalar, how many were left out as false negatives. Has no gradient."""
+    """`[2]`, how many were left out as false negatives: by texts, and by scores of the others. Has
+    no gradient."""
 
 
 def log_sum_exps(
@@ -99,6 +104,7 @@ def own_log_sum_exps(
     negatives: OwnNegatives,
     *,
     limits: ScoreLimits | None = None,
+    hardness: float = 0.0,
 ) -> LogSumExps:
     """Return each row's log-sum-exp over the negatives of its own record; k is 1.
 
@@ -115,12 +121,22 @@ def own_log_sum_exps(
             judged_n = (limits.sides[0][owners_n] * limits.columns_mg).sum(1)
         beyond_n = judged_n > limits.highest_b[owners_n]
         left_out_n = beyond_n if left_out_n is None else left_out_n | beyond_n
-    masked = scores_n.new_zeros(()) if left_out_n is None else left_out_n.sum().to(dtype)
-    shape = (max(negatives.max_of_one, 1), len(queries_bd))
-    rows_kb = negatives._replace(masked_n=left_out_n).in_rows(scale.to(dtype) * scores_n, shape[1])
-    rows_kb = rows_kb.T if negatives.max_of_one else rows_kb.new_full(shape, -torch.inf)
+    by_texts, masked = scores_n.new_zeros(()), scores_n.new_zeros(())
+    if negatives.masked_n is not None:
+        by_texts = negatives.masked_n.sum().to(dtype)
+    if left_out_n is not None:
+        masked = left_out_n.sum().to(dtype)
+
+    def in_rows(values_n: Tensor) -> Tensor:
+        rows_bk = negatives._replace(masked_n=left_out_n).in_rows(values_n, len(queries_bd))
+        nothing_b1 = rows_bk.new_full((len(queries_bd), 1), -torch.inf)
+        return (rows_bk if negatives.max_of_one else nothing_b1).T
+
+    logits_n = scale.to(dtype) * scores_n
     return LogSumExps(
-        log_sum_exp(rows_kb)[None], rows_kb.detach().amax(0, keepdim=True), masked.detach()
+        log_sum_exp(in_rows(logits_n + hardness * scores_n.detach()))[None],
+        in_rows(logits_n.detach()).amax(0, keepdim=True),
+        torch.stack([by_texts, masked - by_texts]),
     )
 
 
@@ -144,7 +160,7 @@ def losses_of_rows(positive_b: Tensor, others_b: Tensor, *, times: int = 1) -> T
         others_b: Its log-sum-exp over all other candidates.
         times: How often the positive stands in Z.
     """
-    return torch.logaddexp(others_b - positive_b, positive_b.new_tensor(math.log(times)))
+    return torch.logaddexp(others_b - positive_b, positive_b.new_full((), math.log(times)))
 
 
 class _TiledLogSumExps(torch.autograd.Function):
@@ -161,23 +177,27 @@ class _TiledLogSumExps(torch.autograd.Function):
         tiles = _Tiles(columns_md, scale, limits, tile, sides)
         values_kb = columns_md.new_full((len(kinds), tiles.b), -torch.inf, dtype=tiles.dtype)
         highest_kb = values_kb.clone()
-        masked = values_kb.new_zeros(())
+        by_texts, by_scores = values_kb.new_zeros(2).unbind()
         for values_b, highest_b, kind in zip(values_kb, highest_kb, kinds, strict=True):
             for rows, numbers, columns in tiles.of(kind):
                 logits, spare = tiles.logits(kind, rows, columns)
                 beyond = tiles.beyond(kind, rows, columns, logits, spare)
-                masked += tiles.leave_out_(logits, kind, rows, numbers, -torch.inf)
+                by_texts += tiles.leave_out_(logits, kind, rows, numbers, -torch.inf)
                 if beyond is not None:
                     beyond &= ~logits.isneginf()  # what is left out anyway is not counted
-                    masked += beyond.sum()
+                    by_scores += beyond.sum()
                     logits.masked_fill_(beyond, -torch.inf)
                 highest = logits.amax(1)
+                highest_b[rows] = torch.maximum(highest_b[rows], highest)
+                if kind.hardness:
+                    factor = tiles.harder_(logits, kind)
+                    highest = highest * factor
                 shift = highest.masked_fill(highest.isneginf(), 0)  # -inf minus -inf would be NaN
                 sums = torch.sub(logits, shift[:, None], out=spare).exp_().sum(1)
                 values_b[rows] = torch.logaddexp(values_b[rows], sums.log_().add_(shift))
-                highest_b[rows] = torch.maximum(highest_b[rows], highest)
         ctx.save_for_backward(columns_md, scale, values_kb, *sides)
         ctx.kinds, ctx.limits, ctx.tile = kinds, limits, tile
+        masked = torch.stack([by_texts, by_scores])
         ctx.mark_non_differentiable(highest_kb, masked)
         return values_kb, highest_kb, masked
 
@@ -196,6 +216,8 @@ class _TiledLogSumExps(torch.autograd.Function):
                 # The same products as in the forward pass, so the same scores are beyond a limit.
                 logits, spare = tiles.logits(kind, rows, columns)
                 beyond = tiles.beyond(kind, rows, columns, logits, spare)
+                if kind.hardness:
+                    tiles.harder_(logits, kind)
                 softmax = logits.sub_(values_b[rows, None]).exp_()
                 tiles.leave_out_(softmax, kind, rows, numbers, 0)
                 if beyond is not None:
@@ -257,6 +279,12 @@ class _Tiles:
         scaled = self.scale * self._sides[kind.side][rows].to(self.dtype)
         torch.mm(scaled, self._columns_md[columns].to(self.dtype).T, out=logits)
         return logits, spare
+
+    def harder_(self, logits: Tensor, kind: Candidates) -> Tensor:
+        """Weigh a tile's logits by their scores; return what they were multiplied by."""
+        factor = 1 + kind.hardness / self.scale
+        logits.mul_(factor)
+        return factor
 
     def beyond(
         self, kind: Candidates, rows: slice, columns: slice, logits: Tensor, spare: Tensor

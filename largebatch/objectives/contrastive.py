@@ -73,6 +73,8 @@ SMALL_TEMPERATURE = 1e-4
 """Below this, products of unit vectors over the temperature are beyond what training is for."""
 MUCH_MASKED = 0.1
 """Share of a batch's negatives that a person is told of when it is left out."""
+MUCH_MASKED_BY_SCORE = 0.5
+"""The same for those that are left out by their scores, which is what the mask is for."""
 
 
 def build(config: "TrainConfig") -> "ContrastiveLoss":
@@ -115,6 +117,8 @@ def build(config: "TrainConfig") -> "ContrastiveLoss":
         in_batch=objective.in_batch,
         mask_margin=objective.mask_margin,
         mask_share=objective.mask_share,
+        hardness=objective.hardness,
+        own_hardness=objective.own_hardness,
         guide=guide,
         matryoshka=matryoshka,
     )
@@ -209,7 +213,10 @@ class ContrastiveLoss(EmbeddingObjective):
             negatives are the only ones. Needs own_negatives.
         mask_margin: Candidates that score above the positive's score plus this are left out.
         mask_share: Candidates that score above this share of the positive's score are left out.
-        guide: Whose scores the two judge by. None: the scores of the model that is trained.
+        hardness: Documents of other pairs weigh e^(hardness * score) times as much in the softmax
+            of a query, without a gradient of that (arXiv 2503.04812).
+        own_hardness: The same for a record's own negatives (arXiv 2509.20354). Needs own_negatives.
+        guide: Whose scores the two masks judge by. None: the scores of the model that is trained.
         matryoshka: At which widths of the embeddings the loss is taken. None: the whole.
 
     Raises:
@@ -220,8 +227,8 @@ class ContrastiveLoss(EmbeddingObjective):
     has_temperature = True
     used_options = (
         "symmetric", "candidates", "repeat_positive", "in_batch", "mask_duplicates", "mask_margin",
-        "mask_share", "mask_guide", "mask_guide_tokens_per_chunk", "negatives", "matryoshka_dims",
-        "matryoshka_weights", "matryoshka_reduction",
+        "mask_share", "mask_guide", "mask_guide_tokens_per_chunk", "negatives", "hardness",
+        "own_hardness", "matryoshka_dims", "matryoshka_weights", "matryoshka_reduction",
     )  # fmt: skip
 
     def __init__(
@@ -237,6 +244,8 @@ class ContrastiveLoss(EmbeddingObjective):
         in_batch: bool = True,
         mask_margin: float | None = None,
         mask_share: float | None = None,
+        hardness: float = 0.0,
+        own_hardness: float = 0.0,
         guide: Guide | None = None,
         matryoshka: Matryoshka | None = None,
     ) -> None:
@@ -249,6 +258,8 @@ class ContrastiveLoss(EmbeddingObjective):
             in_batch=in_batch,
             mask_margin=mask_margin,
             mask_share=mask_share,
+            hardness=hardness,
+            own_hardness=own_hardness,
             mask_guide=None if guide is None else guide.name,
             negatives=("apart" if own_apart else "own") if own_negatives else "all",
         )
@@ -264,6 +275,8 @@ class ContrastiveLoss(EmbeddingObjective):
         self.in_batch = in_batch
         self.mask_margin = mask_margin
         self.mask_share = mask_share
+        self.hardness = hardness
+        self.own_hardness = own_hardness
         self.guide = guide
         self.matryoshka = matryoshka
         self._has_unit_length = True
@@ -393,11 +406,13 @@ class ContrastiveLoss(EmbeddingObjective):
             loss = torch.stack([weights[dim] * part.loss for dim, part in parts.items()]).sum()
             metrics = {f"loss_of_{dim}": part.loss for dim, part in parts.items()}
             sums = parts[max(parts)]
+        per_possible = batch.num_pairs / max(sums.num_possible, 1)
         value = batch.mean_over_rows(
             loss,
             {
                 "accuracy": sums.correct,
-                "masked_share": sums.masked * (batch.num_pairs / max(sums.num_possible, 1)),
+                "masked_share": sums.masked.sum() * per_possible,
+                "masked_by_score": sums.masked[1] * per_possible,
                 "without_negatives": sums.without_negatives,
                 **metrics,
             },
@@ -457,8 +472,7 @@ class ContrastiveLoss(EmbeddingObjective):
         # Candidates of all ranks.
         kinds = self._kinds(asked)
         made = [self._candidates(kind, batch, asked, masks) for kind in kinds]
-        values = highest_b = None
-        masked, num_possible = positive_b.new_zeros(()), 0
+        masked, num_possible = positive_b.new_zeros(2), 0
         others: dict[str, Tensor] = {}
         highest_b = torch.full_like(positive_b.detach(), -torch.inf)
         if made:
@@ -478,7 +492,9 @@ class ContrastiveLoss(EmbeddingObjective):
             if own is not None:
                 if limits is not None and guided is not None:
                     limits = limits._replace(columns_mg=guided.negatives_ng)
-                found = own_log_sum_exps(sides[0], scale, own, limits=limits)
+                found = own_log_sum_exps(
+                    sides[0], scale, own, limits=limits, hardness=self.own_hardness
+                )
                 of_own_b, masked = found.values_kb[0], masked + found.masked
                 highest_b = torch.maximum(highest_b, found.highest_kb[0])
                 num_possible += sum(one.num_negatives for one in batch.facts)
@@ -551,7 +567,8 @@ class ContrastiveLoss(EmbeddingObjective):
                 if of == "query"
                 else masks.of_documents(with_negatives=with_negatives)
             )
-        return Candidates(side, tuple(ranges), own_b, false_negatives)
+        hardness = self.hardness if kind == QUERY_DOCUMENT else 0.0
+        return Candidates(side, tuple(ranges), own_b, false_negatives, hardness)
 
     def _limits(self, scores_b: Tensor, guided: GuideEmbeddings | None) -> ScoreLimits | None:
         """Return which scores are too high for a negative's; None: none is.
@@ -593,6 +610,8 @@ class ContrastiveLoss(EmbeddingObjective):
             and self.mask_margin is None
             and self.mask_share is None
             and self.matryoshka is None
+            and self.hardness == 0
+            and self.own_hardness == 0
         )
 
     def after_step(self) -> None:
@@ -601,7 +620,15 @@ class ContrastiveLoss(EmbeddingObjective):
 
     def warning(self, metrics: Mapping[str, float], sources: Sequence[SourceNote]) -> str | None:
         """Say that a batch has lost many negatives, and what can be done."""
-        share, none_left = metrics["masked_share"], metrics["without_negatives"]
+        by_score, none_left = metrics.get("masked_by_score", 0.0), metrics["without_negatives"]
+        if by_score >= MUCH_MASKED_BY_SCORE:
+            return (
+                f"{by_score:.1%} of the negatives in its batch "
+                f"(source {', '.join(source.name for source in sources)}) score above the limit "
+                "of false ones and are left out; raise objective.mask_margin or "
+                "objective.mask_share; train/masked_by_score is logged for every step"
+            )
+        share = metrics["masked_share"] - by_score
         # A single pair has no negatives either, and nothing was left out.
         if share < MUCH_MASKED and not (share > 0 and none_left > 0):
             return None
@@ -688,7 +715,7 @@ class _Sums(NamedTuple):
     """Rows whose own document no document scores above."""
     without_negatives: Tensor
     masked: Tensor
-    """Candidates that are left out."""
+    """`[2]`, candidates that are left out by texts, and by scores."""
     num_possible: int
     """Candidates of all ranks' rows, their own documents not counted."""
 

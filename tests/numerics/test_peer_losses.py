@@ -175,3 +175,12 @@ def test_matryoshka(weights):
         lambda leaves: ours(objective, leaves),
         lambda leaves: theirs([{"given": leaf} for leaf in leaves], None),
     )
+
+
+def test_hardness_of_other_documents():
+    theirs = mnrl(hardness_mode="in_batch_negatives", hardness_strength=9.0)
+    compare(
+        lambda leaves: ours(ContrastiveLoss(hardness=9.0), leaves, negatives=False),
+        lambda leaves: theirs.compute_loss_from_embeddings(leaves[:2], None),
+        count=2,
+    )

@@ -37,6 +37,8 @@ ALL = ["query_document", "query_query", "document_query", "document_document"]
             {"mask_guide": "a", "mask_margin": 0.0, "mask_guide_tokens_per_chunk": 0},
             "tokens_per_chunk=0 must be at least 1",
         ),
+        ({"hardness": -1.0}, "objective.hardness=-1.0 must be at least 0"),
+        ({"own_hardness": 5.0}, "set negatives=own, or use hardness"),
         ({"matryoshka_dims": [8, 0]}, "objective.matryoshka_dims=0 must be at least 1"),
         ({"matryoshka_dims": [8, 8]}, "names a width twice"),
         ({"matryoshka_dims": [8], "matryoshka_weights": [1.0, 2.0]}, "must be as many as"),
@@ -126,6 +128,8 @@ def test_it_is_built_as_the_config_says():
             negatives="apart",
             mask_margin=0.1,
             mask_share=0.9,
+            hardness=2.0,
+            own_hardness=3.0,
             matryoshka_dims=[8, 4],
             matryoshka_reduction="mean",
         )
@@ -135,6 +139,7 @@ def test_it_is_built_as_the_config_says():
     assert made.in_batch
     assert (made.own_negatives, made.own_apart) == (True, True)
     assert (made.mask_margin, made.mask_share) == (0.1, 0.9)
+    assert (made.hardness, made.own_hardness) == (2, 3)
     assert made.matryoshka == ((8, 4), (0.5, 0.5))
     assert made.temperature.at(10) == pytest.approx(0.02)
     assert made.temperature.at(2) > 0.05 - 0.03 * 2 / 10

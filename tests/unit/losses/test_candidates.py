@@ -81,10 +81,10 @@ def plain(queries, documents, columns, scale, made, limits):
             out |= judged > limits.highest_b[:, None]
         own = F.one_hot(kind.own_b, len(index)).bool()
         masked += int((out & ~own).sum())
-        logits = (scale * scores).masked_fill(out | own, -torch.inf)
-        values.append(logits.logsumexp(1))
-        highest.append(logits.detach().amax(1))
-    return torch.stack(values), torch.stack(highest), masked
+        logits = scale * scores + kind.hardness * scores.detach()
+        values.append(logits.masked_fill(out | own, -torch.inf).logsumexp(1))
+        highest.append((scale * scores).detach().masked_fill(out | own, -torch.inf).amax(1))
+    return torch.stack(values), torch.stack(highest), torch.tensor(masked)
 
 
 WEIGHTS = torch.linspace(0.5, 2, 3 * B, dtype=torch.float64).view(3, B)
@@ -95,14 +95,16 @@ def value_and_gradients(function):
     values, highest, masked = function(*leaves)
     values = torch.where(values.isneginf(), 0, values)
     (WEIGHTS * values).sum().backward()
-    return [values.detach(), highest, *(leaf.grad for leaf in leaves)], int(masked)
+    return [values.detach(), highest, *(leaf.grad for leaf in leaves)], int(masked.sum())
 
 
+@pytest.mark.parametrize("hardness", [0.0, 5.0])
 @pytest.mark.parametrize("limits", ["none", "scores", "guide"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("tile", [1, 3, 64])
-def test_equals_the_plain_formula(tile, masked, limits):
+def test_equals_the_plain_formula(tile, masked, limits, hardness):
     made, limit = kinds(masked=masked), limits_of(limits)
+    made[1] = made[1]._replace(hardness=hardness)
     expected, number = value_and_gradients(lambda *leaves: plain(*leaves, made, limit))
     found, counted = value_and_gradients(
         lambda q, d, c, s: log_sum_exps([q, d], c, s, made, limits=limit, tile=tile)
@@ -241,9 +243,10 @@ def test_the_loss_of_a_row_is_that_of_its_softmax(times):
 OWN = ([0, 0, 2, 6, 6, 6], [0, 1, 0, 0, 1, 2])
 
 
+@pytest.mark.parametrize("hardness", [0.0, 5.0])
 @pytest.mark.parametrize("limits", ["none", "scores", "guide"])
 @pytest.mark.parametrize("masked", [None, [False, True, True, False, False, True]])
-def test_own_negatives_are_candidates_of_their_row_only(masked, limits):
+def test_own_negatives_are_candidates_of_their_row_only(masked, limits, hardness):
     queries, _, _, scale = inputs()
     embeddings, guided = unit(6, D, seed=7), unit(6, G, seed=8)
     owners, places = map(torch.tensor, OWN)
@@ -264,13 +267,15 @@ def test_own_negatives_are_candidates_of_their_row_only(masked, limits):
                     out |= limit is not None and bool(judged > limit.highest_b[row])
                     if OWN[0][n] == row:
                         count += out
-                        own += [] if out else [s * q[row] @ e[n]]
+                        score = q[row] @ e[n]
+                        own += [] if out else [s * score + hardness * score.detach()]
                 rows.append(torch.stack(own).logsumexp(0) if own else s * 0 - torch.inf)
             values = torch.stack(rows)
         else:
             mask = None if masked is None else torch.tensor(masked)
-            found = own_log_sum_exps(q, s, OwnNegatives(e, owners, places, 3, mask), limits=limit)
-            values, count = found.values_kb[0], int(found.masked)
+            own = OwnNegatives(e, owners, places, 3, mask)
+            found = own_log_sum_exps(q, s, own, limits=limit, hardness=hardness)
+            values, count = found.values_kb[0], int(found.masked.sum())
         torch.where(values.isneginf(), 0, values).sum().backward()
         results.append([values.detach(), *(leaf.grad for leaf in leaves), torch.tensor(count)])
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)

@@ -152,3 +152,11 @@ def test_many_masked_negatives_are_told(share, none_left, tells):
         assert "(source one, two)" in told
         assert "data.sources.two.mask_same_id=false" in told
         assert "data.sources.one" not in told
+
+
+def test_negatives_that_score_too_high_are_told_apart():
+    sources = [SourceNote("one", False)]
+    usual = {"masked_share": 0.49, "masked_by_score": 0.45, "without_negatives": 0.0}
+    assert ContrastiveLoss().warning(usual, sources) is None
+    much = {"masked_share": 0.7, "masked_by_score": 0.6, "without_negatives": 0.0}
+    assert "raise objective.mask_margin" in str(ContrastiveLoss().warning(much, sources))
