@@ -293,3 +293,23 @@ def test_a_damaged_shard_ends_it_and_leaves_what_was_there(planted, tmp_path, nu
         run(sources, tmp_path / "out", overwrite=True, num_workers=num_workers)
     assert ids_in(tmp_path / "out/first") == first
     assert not (tmp_path / "out/.scratch").exists()
+
+
+def test_scores_and_labels_stay_with_their_records(tmp_path):
+    rng = random.Random(8)
+    pairs = [(text(rng, 8), text(rng, 30)) for _ in range(10)]
+    with ShardWriter(tmp_path / "in", records_per_shard=7) as writer:
+        for n, (query, document) in enumerate([*pairs, pairs[0]]):
+            record = Record(query, document, ["n"], "s", f"{n}", [n, n / 2], n / 3)
+            writer.write(record, {"votes": n})
+    fields = {"label": "auto"}
+    run({"mine": str(tmp_path / "in")}, tmp_path / "out", near=False, fields=fields)
+    found = [
+        record
+        for url, shard in resolve_source([str(tmp_path / "out" / "mine")])
+        for segment in shard.segments
+        for record in read_segment(url, segment, fields=fields, source="")
+    ]
+    assert [(r.id, r.scores, r.label) for r in found] == [
+        (f"{n}", [n, n / 2], n / 3) for n in range(10)
+    ]

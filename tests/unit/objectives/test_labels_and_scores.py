@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from dist import run_ranks
+from numerics.on_strategies import config_of
 from numerics.tiny_run import STEPS, same, tensors, tiny_config, write_data
 
 from largebatch.config import (
@@ -15,11 +17,13 @@ from largebatch.config import (
     LossOptions,
     ObjectiveConfig,
     SourceConfig,
+    StrategyConfig,
     TemperatureConfig,
 )
 from largebatch.config.objective import DistillConfig, SigmoidConfig, StsConfig
 from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
+from largebatch.parallel.deepspeed_build import prepare
 from largebatch.shards.records import Record
 from largebatch.shards.write import ShardWriter
 from largebatch.train import trainer
@@ -34,6 +38,7 @@ OBJECTIVES = {
     "cosent": ObjectiveConfig(name="sts"),
     "angle": ObjectiveConfig(name="sts", sts=StsConfig(kind="angle")),
 }
+STRATEGIES = {"sigmoid": "fsdp", "distill": "zero2", "cosent": "fsdp", "angle": "zero2"}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +71,7 @@ def config(data, output, kind, *, shards=None, **changes):
         **changes,
     )
     made.data = DataConfig(sources={"tiny": SourceConfig(**source)}, workers=1, lanes=4)
+    made.strategy = config_of(STRATEGIES[kind]) if kind in STRATEGIES else StrategyConfig()
     return made
 
 
@@ -77,6 +83,8 @@ def metrics(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_it_trains_resumes_and_is_exported(data, tmp_path, kind):
+    if STRATEGIES.get(kind) == "zero2":
+        prepare(torch.device("cpu"))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_ranks(trainer.train, 2, config(data, whole, kind), init_group=False)
     shutil.copytree(whole, parts)
