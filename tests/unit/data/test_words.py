@@ -49,7 +49,7 @@ TOKENIZERS = {
 def test_words_begin_where_white_space_ends(kind):
     tokenizer = TOKENIZERS[kind]()
     words = whole_words(tokenizer, option="objective.mlm.whole_words")
-    text = "unbelievable reading unreadable"
+    text = "unreadings believable readbelief"
     tokens, _ = tokenize(tokenizer, [text], prompt="", max_tokens=100)
     parts = words.parts(tokens)
     begins = int((parts == BEGINS).sum())
