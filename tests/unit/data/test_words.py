@@ -74,6 +74,15 @@ def test_words_begin_where_white_space_ends(kind):
     assert [part == BEGINS for part in own] == new
 
 
+def test_the_same_texts_give_the_same_tokenizer_with_marks():
+    texts = [f"some {n * n * 7919} words of {n}x{n * 31}y" for n in range(300)]
+    made = [train_tokenizer(texts, vocab_size=200, marks_words=True) for _ in range(4)]
+    assert len(made[0]) == 200
+    assert {one.backend_tokenizer.to_str() for one in made} == {made[0].backend_tokenizer.to_str()}
+    assert sorted(made[0].all_special_tokens) == sorted(SPECIALS)
+    assert made[0].tokenize("some words 7919") == made[1].tokenize("some words 7919")
+
+
 def test_a_tokenizer_without_marks_is_refused_in_one_line():
     tokenizer = tiny_encoder().tokenizer
     with pytest.raises(UserError) as error:
