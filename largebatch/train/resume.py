@@ -40,7 +40,7 @@ MAY_CHANGE = (
 )
 """Options that say how to run and how long, not what is trained on or how."""
 
-NEWER = ("data.sources.*.mask_same_id",)
+NEWER = ("data.sources.*.mask_same_id", "objective.mlm", "objective.retromae")
 """Options that were not there when older runs began; those go on with what is set now."""
 
 AS_BEGUN = ("pooling.*", "text.*")

@@ -89,6 +89,7 @@ def test_an_option_that_the_older_run_did_not_have():
 def test_a_run_from_before_an_option_goes_on_with_it():
     saved = asdict(CONFIG)
     del saved["data"]["sources"]["mine"]["mask_same_id"]
+    del saved["objective"]["mlm"], saved["objective"]["retromae"]
     for value in (False, True):
         sources = {"mine": SourceConfig(urls=["shards"], mask_same_id=value)}
         now = replace(CONFIG, data=DataConfig(sources=sources))
