@@ -341,8 +341,13 @@ def _parts(config: DedupConfig) -> list[SourceSegment]:
     """List the segments of all sources, with the numbers of their first records."""
     parts = []
     first = 0
-    for source, folders in enumerate(config.sources.values()):
+    for source, (key, folders) in enumerate(config.sources.items()):
         shards = resolve_source(folders)
+        if any(shard.holds_texts for _, shard in shards):
+            raise UserError(
+                f"sources.{key} holds texts without queries, and dedup compares pairs; equal texts "
+                "are left out by `largebatch shard texts=true` (deduplicate=true)"
+            )
         for (url, shard), name in zip(shards, shard_names(shards), strict=True):
             for segment in shard.segments:
                 parts.append(SourceSegment(source, first, url, name, segment))

@@ -1,5 +1,6 @@
 """Text to tokens: prompt, tokenizer, cut at the maximum length."""
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -202,7 +203,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, marks_words: bool 
     BERT's WordPiece, since the same texts then give the same tokenizer: WordPiece's trainer in
     `tokenizers` numbers the continuing pieces in an order that differs from run to run.
     `marks_words` is whether pieces that go on with a word are marked by ##, as BERT's are. They are
-    entries of their own then, so a vocabulary of the same size holds fewer different pieces.
+    entries of their own then, so a vocabulary of the same size holds fewer different pieces. The
+    texts are read twice, so they must not be an iterator: the trainer would number the single
+    letters that go on with a word in any order, so it is told them beforehand.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
@@ -210,13 +213,31 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, marks_words: bool 
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     mark: dict[str, Any] = {"continuing_subword_prefix": "##"} if marks_words else {}
-    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]", **mark))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(
-        texts,
-        BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False, **mark),
-    )
+
+    def trained(first: Sequence[str], size: int) -> Tokenizer:
+        made = Tokenizer(models.BPE(unk_token="[UNK]", **mark))
+        made.normalizer = normalizers.BertNormalizer(lowercase=True)
+        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = BpeTrainer(
+            vocab_size=size, special_tokens=list(first), show_progress=False, **mark
+        )
+        made.train_from_iterator(texts, trainer)
+        return made
+
+    if marks_words:
+        assert iter(texts) is not texts, "texts are read twice"
+        tokenizer = trained(special, 0)
+        letters = sorted(name for name in tokenizer.get_vocab() if name[:2] == "##")
+        model = json.loads(trained([*special, *letters], vocab_size).to_str())["model"]
+        # Only this: for its trainer the letters are special tokens.
+        tokenizer.model = models.BPE(
+            model["vocab"],
+            [tuple(one.split(" ") if isinstance(one, str) else one) for one in model["merges"]],
+            unk_token="[UNK]",
+            **mark,
+        )
+    else:
+        tokenizer = trained(special, vocab_size)
     cls_id, sep_id = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",

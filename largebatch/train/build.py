@@ -378,15 +378,29 @@ def _tokenizer(
 ) -> Any:
     if config.backbone.tokenizer is not None:
         return load_tokenizer(config.backbone.tokenizer)
-    texts = sample_texts(
-        sources,
-        shares,
-        max_records=TOKENIZER_RECORDS,
-        skip_faults=config.data.on_fault == "skip",
-    )
+    texts = _Sample(sources, shares, skip_faults=config.data.on_fault == "skip")
     with _parallel_tokenizers():
         return train_tokenizer(
             texts, vocab_size=config.backbone.vocab_size, marks_words=marks_words
+        )
+
+
+class _Sample:
+    """Texts of the sources that a tokenizer is trained on, which may be read again."""
+
+    def __init__(
+        self, sources: Sequence[Source], shares: Sequence[float], *, skip_faults: bool
+    ) -> None:
+        self._sources = sources
+        self._shares = shares
+        self._skip_faults = skip_faults
+
+    def __iter__(self) -> Iterator[str]:
+        return sample_texts(
+            self._sources,
+            self._shares,
+            max_records=TOKENIZER_RECORDS,
+            skip_faults=self._skip_faults,
         )
 
 

@@ -1,13 +1,13 @@
 """How far a run came, and whether it may go on from what its folder holds."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from largebatch.config import TrainConfig
-from largebatch.config.model import LORA_DEFAULTS
+from largebatch.config import SourceConfig, TrainConfig
 from largebatch.errors import UserError
 from largebatch.files import bring_back
 from largebatch.train.checkpoint import Kind, damaged, list_checkpoints, read_details
@@ -41,21 +41,9 @@ MAY_CHANGE = (
 )
 """Options that say how to run and how long, not what is trained on or how."""
 
-NEWER = ("backbone.bidirectional", "data.sources.*.mask_same_id")
-"""Options that were not there when older runs began; those go on with what is set now."""
-
-OFF: dict[str, Any] = {
-    "backbone.freeze": [],
-    "lora.r": 0,
-    **{f"lora.{option}": value for option, value in LORA_DEFAULTS.items()},
-    "data.sources.*.task": None,
-    "optim.ema": 0.0,
-    "optim.layer_decay": 1.0,
-    "optim.lr_batch": None,
-    "optim.lr_scaling": "none",
-    "text.task": None,
-}
-"""Options that were not there when older runs began, with the value that changes nothing."""
+NEWER = ("data.sources.*.mask_same_id",)
+"""Options that were not there when older runs began, and are now what they will. Others must have
+their defaults, which change nothing."""
 
 AS_BEGUN = ("pooling.*", "text.*")
 """Options that a checkpoint answers where they are unset: a run that goes on has its answers."""
@@ -122,7 +110,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, folder: str) -
         for key in sorted(old.keys() | new.keys())
         if old.get(key, "unset") != new.get(key, "unset")
         and not _is_among(key, MAY_CHANGE)
-        and not (key not in old and (_is_among(key, NEWER) or _is_off(key, new[key])))
+        and not (key not in old and (_is_among(key, NEWER) or new[key] == _default_of(key)))
         and not (new.get(key, "unset") is None and _is_among(key, AS_BEGUN))
     ]
     if differences:
@@ -132,8 +120,20 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], *, folder: str) -
         )
 
 
-def _is_off(key: str, value: Any) -> bool:
-    return any(fnmatchcase(key, option) and value == off for option, off in OFF.items())
+def _default_of(key: str) -> Any:
+    """Return the default of an option; of a source's, that of any source."""
+    return next((value for name, value in _defaults() if fnmatchcase(key, name)), "unset")
+
+
+@cache
+def _defaults() -> list[tuple[str, Any]]:
+    found: dict[str, Any] = {}
+    for one in fields(TrainConfig):
+        value = one.default_factory() if one.default_factory is not MISSING else one.default
+        has_options = is_dataclass(value) and not isinstance(value, type)
+        found[one.name] = asdict(value) if has_options else value
+    found["data"]["sources"] = {"*": asdict(SourceConfig())}
+    return list(_flatten(found))
 
 
 def _is_among(key: str, options: Sequence[str]) -> bool:

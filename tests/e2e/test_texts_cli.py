@@ -117,5 +117,7 @@ def test_texts_are_shown_counted_and_trained_on(tmp_path):
     assert found["usable"] == len(LINES)
     assert found["characters"]["query"] == {}
     assert found["duplicates"]["query"]["within"] == 0
+    dedup = largebatch("dedup", "sources.mine=shards", cwd=tmp_path).error()
+    assert "sources.mine holds texts without queries" in dedup
     refused = largebatch("train", *line, "output_dir=refused", cwd=tmp_path).error()
     assert "objective.name=contrastive needs queries" in refused

@@ -10,19 +10,23 @@ from dist import run_ranks
 from numerics.on_strategies import TOLERANCES, config_of, whole_gradients
 from numerics.reference import gradients, random_texts, rank_batch, relative_error, tiny_encoder
 from numerics.slow_retromae import plain_mlm, plain_retromae
+from numerics.test_no_waiting import waits
+from torch.profiler import ProfilerActivity, profile
 
 import largebatch.objectives.retromae as retromae_module
 import largebatch.step.masking as masking
 from largebatch.batch import Texts
 from largebatch.config import OptimConfig
 from largebatch.config.objective import MlmConfig, RetroMaeConfig
+from largebatch.errors import UserError
 from largebatch.objectives.mlm import MaskedLanguageModel
 from largebatch.objectives.retromae import RetroMae
 from largebatch.parallel.collectives import Collectives
+from largebatch.parallel.ddp import Replicas
 from largebatch.parallel.deepspeed_build import prepare
 from largebatch.parallel.make import make_strategy
+from largebatch.step.balance import Pairs
 from largebatch.step.make import make_step
-from largebatch.step.objective import TokenSums
 from largebatch.step.tokens import TokenStep
 
 CPU = torch.device("cpu")
@@ -238,19 +242,38 @@ def test_metrics_are_means_over_their_own_term(kind):
         assert all(0 <= share <= 1 for share in shares)
 
 
-def test_a_term_without_anything_to_predict_is_zero():
+@pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_does_not_wait(kind, packing):
+    encoder, objective = made(kind, packing=packing)
+    strategy = Replicas([encoder, objective], Collectives())
+    step = TokenStep(encoder, objective, tokens_per_chunk=50, strategy=strategy)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step.accumulate(rank_batch(QUERIES, DOCUMENTS))
+    events = [
+        (event.name, event.cpu_parent.name if event.cpu_parent is not None else "")
+        for event in profiled.events()
+    ]
+    assert len(events) > 100
+    assert waits(events) == []
+
+
+def test_what_is_predicted_is_counted_by_term():
     encoder, objective = made("dupmae")
-    sums = {
-        term: TokenSums(torch.zeros(()), dict.fromkeys(names, torch.zeros(())))
-        for term, names in objective.terms.items()
+    texts = Texts.from_lists([[CLS, 30, 31, SEP], [CLS, SEP], []])
+    none = texts.take(np.array([], np.int64))
+    task = objective.make_task(Pairs(texts, none, none, None, None), encoder, step=0)
+    assert task.texts.lengths.tolist() == [4, 2]
+    assert task.num_predicted == {
+        "encoder": int((task.targets["masked"] >= 0).sum()),
+        "decoder": 2,
+        "bag": 1,
     }
-    assert sums.keys() == {"encoder", "decoder", "bag"}
-    texts = Texts.from_lists([[CLS, 30, 31, SEP], [CLS, SEP]])
-    assert objective.texts_of is not None
-    task = objective.make_task(
-        retromae_module.Pairs(texts, texts.take(np.array([], np.int64)), texts, None, None),
-        encoder,
-        step=0,
-    )
-    assert task.num_predicted["decoder"] == 2
-    assert task.num_predicted["bag"] == 1
+
+
+def test_a_batch_without_anything_to_predict_ends_with_a_line():
+    encoder, objective = made("mlm")
+    strategy = Replicas([encoder, objective], Collectives())
+    step = TokenStep(encoder, objective, tokens_per_chunk=50, strategy=strategy)
+    with pytest.raises(UserError, match="nothing of the global batch is to be predicted"):
+        step.accumulate(rank_batch([[CLS, SEP]], [[CLS, SEP]]))

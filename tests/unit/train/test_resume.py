@@ -11,6 +11,7 @@ from largebatch.config import (
     EvalConfig,
     HardwareConfig,
     LoggerConfig,
+    ObjectiveConfig,
     OptimConfig,
     SourceConfig,
     TemperatureConfig,
@@ -82,13 +83,19 @@ def test_all_differences_are_shown_at_once():
 def test_an_option_that_the_older_run_did_not_have():
     saved = asdict(CONFIG)
     del saved["objective"]["symmetric"]
-    with pytest.raises(UserError, match=r"objective\.symmetric: 'unset' -> False"):
-        check_same_run(saved, asdict(CONFIG), folder="x")
+    check_same_run(saved, asdict(CONFIG), folder="x")  # its default changes nothing
+    now = replace(CONFIG, objective=ObjectiveConfig(symmetric=True))
+    with pytest.raises(UserError, match=r"objective\.symmetric: 'unset' -> True"):
+        check_same_run(saved, asdict(now), folder="x")
+    saved = asdict(CONFIG)
+    del saved["data"]["sources"]["mine"]["loss"]["symmetric"]
+    check_same_run(saved, asdict(CONFIG), folder="x")
 
 
 def test_a_run_from_before_an_option_goes_on_with_it():
     saved = asdict(CONFIG)
     del saved["data"]["sources"]["mine"]["mask_same_id"]
+    del saved["objective"]["mlm"], saved["objective"]["retromae"]
     for value in (False, True):
         sources = {"mine": SourceConfig(urls=["shards"], mask_same_id=value)}
         now = replace(CONFIG, data=DataConfig(sources=sources))
