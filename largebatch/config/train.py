@@ -393,11 +393,6 @@ class TrainConfig:
             "strategy=ddp or strategy=fsdp, or optim.ema=0",
         )
         faults.check(
-            self.lora.r == 0 or self.backbone.path is not None,
-            f"lora.r={self.lora.r} adapts a pre-trained model, and backbone.path is unset; name "
-            "one, or set lora.r=0",
-        )
-        faults.check(
             self.lora.r == 0 or not self.backbone.freeze,
             f"backbone.freeze={self.backbone.freeze} with lora.r={self.lora.r}, which freezes all "
             "of the backbone but its adapters; leave one of them out",

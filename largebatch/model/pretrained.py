@@ -3,7 +3,7 @@
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,19 @@ def new_backbone(
         for name in ("pad_token_id", "bos_token_id", "eos_token_id")
         if name in known and hasattr(tokenizer, name)
     }
-    entries: dict[str, Any] = {"vocab_size": len(tokenizer), **ids, **config}
+    entries: dict[str, Any] = {"vocab_size": len(tokenizer), **ids, **_fewer_heads(known, config)}
     with _explained(lambda error: UserError(f"backbone.config of {model_type}: {_reason(error)}")):
         model = _untrained(AutoConfig.for_model(model_type, **entries), attention=attention)
     return _finished(model)
+
+
+def _fewer_heads(known: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config whose heads of keys are no more than those of queries, where it says nothing.
+
+    An architecture's own default is meant for its own number of heads.
+    """
+    name, heads = "num_key_value_heads", config.get("num_attention_heads")
+    return {**({name: heads} if name in known and heads else {}), **config}
 
 
 def outline(

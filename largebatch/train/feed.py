@@ -114,7 +114,7 @@ class Feed:
                     if not prompt or not is_drawn:
                         continue
                     most = change.text.max_tokens(side)
-                    number = len(tokenizer(prompt)["input_ids"])
+                    number = len(tokenizer(prompt, verbose=False)["input_ids"])
                     if number >= most:
                         raise UserError(
                             f"data.sources.{source.name}: the {side} prompt {prompt!r} takes "

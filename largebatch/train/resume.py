@@ -1,7 +1,7 @@
 """How far a run came, and whether it may go on from what its folder holds."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -129,9 +129,11 @@ def _default_of(key: str) -> Any:
 def _defaults() -> list[tuple[str, Any]]:
     found: dict[str, Any] = {}
     for one in fields(TrainConfig):
-        value = one.default_factory() if one.default_factory is not MISSING else one.default
-        has_options = is_dataclass(value) and not isinstance(value, type)
-        found[one.name] = asdict(value) if has_options else value
+        value: Any = one.default
+        if one.default_factory is not MISSING:
+            value = one.default_factory()
+            value = asdict(value)
+        found[one.name] = value
     found["data"]["sources"] = {"*": asdict(SourceConfig())}
     return list(_flatten(found))
 
