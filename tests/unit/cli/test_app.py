@@ -5,13 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from largebatch.cli import app, failures
 from largebatch.cli.failures import RanksFailed
-from largebatch.config import ExportConfig, IndexConfig, TrainConfig
+from largebatch.config import ExportConfig, IndexConfig, PoolingConfig, TrainConfig
 from largebatch.errors import UserError
 
 SOURCE = "data.sources.mine.urls=[shards/]"
@@ -357,7 +358,8 @@ def test_cfg_shows_the_config(capsys):
     assert app.main(["train", "name=x", "-c", "job", "--resolve"]) == 0
     assert "output_dir: runs/x\n" in capsys.readouterr().out
     assert app.main(["train", "--cfg", "job", "--package", "pooling"]) == 0
-    assert capsys.readouterr().out == "mode: null\nnormalize: null\n"
+    shown = "".join(f"{option.name}: null\n" for option in fields(PoolingConfig))
+    assert capsys.readouterr().out == shown
     assert app.main(["train", "quickstart", "--info", "defaults"]) == 0
     assert "experiment/quickstart" in capsys.readouterr().out
     assert app.main(["train", "quickstart", "--info", "all", "name=x"]) == 0
