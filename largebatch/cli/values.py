@@ -1,6 +1,7 @@
 """Fits values to the types of options: those of the command line, and those of references."""
 
 import dataclasses
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -49,6 +50,8 @@ class Fitting:
         Raises:
             UserError: It doesn't fit; names the very option or entry.
         """
+        if value is not None:
+            annotation = _of_collection(annotation)
         origin = typing.get_origin(annotation)
         if self._written is not None and is_reference(value):
             return value
@@ -162,6 +165,14 @@ class Fitting:
 def is_reference(value: Any) -> bool:
     """Whether a value stands for another option, wholly or in part."""
     return isinstance(value, str) and "${" in value
+
+
+def _of_collection(annotation: Any) -> Any:
+    """Return the type of a list or mapping that may be unset; any other as it is."""
+    for one in typing.get_args(annotation) if isinstance(annotation, types.UnionType) else ():
+        if typing.get_origin(one) in (list, dict):
+            return one
+    return annotation
 
 
 def show_value(value: Any) -> str:

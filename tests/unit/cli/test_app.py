@@ -433,3 +433,12 @@ def test_a_rank_that_lost_another_one_is_not_the_cause(monkeypatch, tmp_path, ca
     assert "RuntimeError: a bug" in cause
     assert "connection to another rank was lost" in lost
     assert "gloo" not in lost
+
+
+def test_a_list_that_may_be_unset_is_plain_data(trained):
+    assert app.main(["train", SOURCE, "pooling.dense=[32,8]"]) == 0
+    assert app.main(["train", SOURCE, "pooling.dense=16"]) == 0
+    assert app.main(["train", SOURCE, "pooling.dense=null"]) == 0
+    found = [config.pooling.dense for config in trained]
+    assert found == [[32, 8], [16], None]
+    assert type(found[0]) is list  # what config.yaml is written from
