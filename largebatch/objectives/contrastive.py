@@ -50,12 +50,12 @@ from largebatch.losses.candidates import (
     own_log_sum_exps,
 )
 from largebatch.losses.infonce import Combine, InfoNCE, OwnNegatives, info_nce
-from largebatch.losses.masks import FalseNegatives, PairHashes, ScoreLimits, score_limits
+from largebatch.losses.masks import FalseNegatives, ScoreLimits, score_limits
 from largebatch.losses.temperature import Temperature
 from largebatch.model.encoder import Encoder
 from largebatch.step.balance import Pairs
+from largebatch.step.false_negatives import TextMasks, hashes_of
 from largebatch.step.guide import Guide, GuideEmbeddings
-from largebatch.step.hashes import text_hashes
 from largebatch.step.matryoshka import Matryoshka, truncated
 from largebatch.step.objective import (
     EmbeddedBatch,
@@ -330,14 +330,7 @@ class ContrastiveLoss(EmbeddingObjective):
 
     def knowledge(self, pairs: Pairs) -> Mapping[str, Int64Array]:
         """Return hashes of the texts, and of the records' ids if they are known."""
-        if not self.mask_duplicates:
-            return {}
-        hashes = {
-            "queries": text_hashes(pairs.queries),
-            "documents": text_hashes(pairs.documents),
-            "negatives": text_hashes(pairs.negatives),
-        }
-        return hashes if pairs.id_hashes is None else hashes | {"ids": pairs.id_hashes}
+        return hashes_of(pairs) if self.mask_duplicates else {}
 
     def needs(self, options: LossOptions) -> Sequence[str]:
         """Return the fields: negatives too where queries are contrasted with nothing else."""
@@ -387,7 +380,7 @@ class ContrastiveLoss(EmbeddingObjective):
         if self.guide is not None:
             guided = self.guide.embed(batch, self.gathered_sides(batch.options))
         scale = self.temperature(batch.step)
-        masks = _TextMasks(batch) if self.mask_duplicates else None
+        masks = TextMasks(batch) if self.mask_duplicates else None
         if self.matryoshka is None:
             sums = self._sums(batch, asked, scale, masks, guided)
             loss, metrics = sums.loss, {}
@@ -427,7 +420,7 @@ class ContrastiveLoss(EmbeddingObjective):
         has_own = asked.negatives == "own"
         false_negatives = None
         if self.mask_duplicates:
-            false_negatives = _TextMasks(batch).of_documents(with_negatives=not has_own)
+            false_negatives = TextMasks(batch).of_documents(with_negatives=not has_own)
         own_negatives = self._own_negatives(batch, false_negatives) if has_own else None
         first = batch.first_gathered
         result = self.sum_over_rows(
@@ -459,7 +452,7 @@ class ContrastiveLoss(EmbeddingObjective):
         batch: EmbeddedBatch,
         asked: "_Asked",
         scale: Tensor,
-        masks: "_TextMasks | None",
+        masks: "TextMasks | None",
         guided: GuideEmbeddings | None,
     ) -> "_Sums":
         """Return the sums over this rank's rows for whatever is asked for."""
@@ -540,7 +533,7 @@ class ContrastiveLoss(EmbeddingObjective):
         return losses_b, all_b.detach().isneginf()
 
     def _candidates(
-        self, kind: str, batch: EmbeddedBatch, asked: "_Asked", masks: "_TextMasks | None"
+        self, kind: str, batch: EmbeddedBatch, asked: "_Asked", masks: "TextMasks | None"
     ) -> Candidates:
         """Return one kind of candidates of all ranks, by its place among the gathered rows."""
         side, of = _KINDS[kind]
@@ -718,46 +711,3 @@ class _Sums(NamedTuple):
     """`[2]`, candidates that are left out by texts, and by scores."""
     num_possible: int
     """Candidates of all ranks' rows, their own documents not counted."""
-
-
-class _TextMasks:
-    """False negatives of this rank's rows by the texts of a batch; each kind is made once."""
-
-    def __init__(self, batch: EmbeddedBatch) -> None:
-        self._rank, self._device = batch.collectives.world.rank, batch.queries_bd.device
-        self._of_ranks = [
-            PairHashes(
-                one.known["queries"],
-                one.known["documents"],
-                one.known["negatives"],
-                one.known.get("ids"),
-            )
-            for one in batch.facts
-        ]
-        self._made: dict[str, FalseNegatives] = {}
-
-    def of_documents(self, *, with_negatives: bool) -> FalseNegatives:
-        """Return those among documents, and among the records' negatives if these are columns."""
-        return self._make(
-            "all" if with_negatives else "documents", self._of_ranks, with_negatives=with_negatives
-        )
-
-    def of_queries(self) -> FalseNegatives:
-        """Return those among queries: see masks.py."""
-        turned = [
-            PairHashes(one.documents, one.queries, one.negatives[:0], one.ids)
-            for one in self._of_ranks
-        ]
-        return self._make("queries", turned, with_negatives=False)
-
-    def _make(
-        self, name: str, of_ranks: list[PairHashes], *, with_negatives: bool
-    ) -> FalseNegatives:
-        if name not in self._made:
-            self._made[name] = FalseNegatives(
-                of_ranks,
-                rank=self._rank,
-                device=self._device,
-                negatives_are_columns=with_negatives,
-            )
-        return self._made[name]

@@ -17,7 +17,7 @@ from largebatch.batch import Int64Array
 from largebatch.config import LossOptions
 from largebatch.losses.sigmoid import sigmoid_loss
 from largebatch.step.balance import Pairs
-from largebatch.step.false_negatives import false_negatives_of, hashes_of
+from largebatch.step.false_negatives import TextMasks, hashes_of
 from largebatch.step.objective import EmbeddedBatch, EmbeddingObjective, ObjectiveValue, Side
 
 if TYPE_CHECKING:
@@ -70,14 +70,16 @@ class SigmoidLoss(EmbeddingObjective):
         """Return the loss, and how well queries tell their documents from all columns."""
         assert batch.gathered_md is not None
         b, device = len(batch.queries_bd), batch.queries_bd.device
-        first = batch.first_gathered
+        first, masks = batch.first_gathered, None
+        if self.mask_duplicates:
+            masks = TextMasks(batch).of_documents(with_negatives=True)
         sums = sigmoid_loss(
             batch.queries_bd,
             batch.gathered_md,
             torch.arange(first, first + b, device=device),
             self.log_scale.exp(),
             self.bias,
-            false_negatives=false_negatives_of(batch) if self.mask_duplicates else None,
+            false_negatives=masks,
         )
         value = batch.mean_over_rows(
             sums.loss,

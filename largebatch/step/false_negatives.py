@@ -19,19 +19,47 @@ def hashes_of(pairs: Pairs) -> Mapping[str, Int64Array]:
     return hashes if pairs.id_hashes is None else hashes | {"ids": pairs.id_hashes}
 
 
-def false_negatives_of(batch: EmbeddedBatch) -> FalseNegatives:
-    """Return which columns, the documents and negatives of all ranks, are no negatives of rows.
+class TextMasks:
+    """False negatives of this rank's rows by the texts of a batch; each kind is made once.
 
     The objective's `knowledge` must be `hashes_of` the pairs.
     """
-    hashes = [
-        PairHashes(
-            one.known["queries"],
-            one.known["documents"],
-            one.known["negatives"],
-            one.known.get("ids"),
+
+    def __init__(self, batch: EmbeddedBatch) -> None:
+        self._rank, self._device = batch.collectives.world.rank, batch.queries_bd.device
+        self._of_ranks = [
+            PairHashes(
+                one.known["queries"],
+                one.known["documents"],
+                one.known["negatives"],
+                one.known.get("ids"),
+            )
+            for one in batch.facts
+        ]
+        self._made: dict[str, FalseNegatives] = {}
+
+    def of_documents(self, *, with_negatives: bool) -> FalseNegatives:
+        """Return those among documents, and among the records' negatives if these are columns."""
+        return self._make(
+            "all" if with_negatives else "documents", self._of_ranks, with_negatives=with_negatives
         )
-        for one in batch.facts
-    ]
-    rank = batch.collectives.world.rank
-    return FalseNegatives(hashes, rank=rank, device=batch.queries_bd.device)
+
+    def of_queries(self) -> FalseNegatives:
+        """Return those among queries: see masks.py."""
+        turned = [
+            PairHashes(one.documents, one.queries, one.negatives[:0], one.ids)
+            for one in self._of_ranks
+        ]
+        return self._make("queries", turned, with_negatives=False)
+
+    def _make(
+        self, name: str, of_ranks: list[PairHashes], *, with_negatives: bool
+    ) -> FalseNegatives:
+        if name not in self._made:
+            self._made[name] = FalseNegatives(
+                of_ranks,
+                rank=self._rank,
+                device=self._device,
+                negatives_are_columns=with_negatives,
+            )
+        return self._made[name]

@@ -275,7 +275,7 @@ def turn_the_masks_around():
         ]
         return self._make("queries", own, with_negatives=False)
 
-    contrastive._TextMasks.of_queries = of_queries
+    contrastive.TextMasks.of_queries = of_queries
 
 
 def shift_the_guide():
