@@ -27,9 +27,13 @@ def run(config: EncodeConfig) -> None:
             f"output={str(output)!r}: the matrix is written as NumPy's .npy; let its name end so"
         )
     encoder = load_encoder(config.model, device=config.device)
-    shape = (len(texts), encoder.embedding_width)
+    shape = (len(texts), config.truncate_dim or encoder.embedding_width)
     parts = encoder.embed(
-        texts, side=config.side, tokens_per_chunk=config.batch_tokens, progress=True
+        texts,
+        side=config.side,
+        truncate_dim=config.truncate_dim,
+        tokens_per_chunk=config.batch_tokens,
+        progress=True,
     )
     with written_aside(output) as aside, aside.open("wb") as file:
         # What np.save writes, without the whole matrix in memory.

@@ -32,14 +32,24 @@ def run(config: EvaluateConfig) -> None:
             "queries": len(retrieval_set.qrels),
         }
         result["model"] = evaluate_encoder(
-            encoder, retrieval_set, tokens_per_chunk=config.batch_tokens, progress=True
+            encoder,
+            retrieval_set,
+            truncate_dim=config.truncate_dim,
+            tokens_per_chunk=config.batch_tokens,
+            progress=True,
         )
         if config.bm25:
             result["bm25"] = evaluate_bm25(retrieval_set)
-    print(f"{config.model}, split {config.split}:")
+    short = "" if config.truncate_dim is None else f" at {config.truncate_dim} dimensions"
+    print(f"{config.model}{short}, split {config.split}:")
     make_console().print(_table(results))
     if output is not None:
-        whole = {"model": config.model, "split": config.split, "sets": results}
+        whole = {
+            "model": config.model,
+            "truncate_dim": config.truncate_dim,
+            "split": config.split,
+            "sets": results,
+        }
         write_text(output, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
         print(f"written to {output}")
 

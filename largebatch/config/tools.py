@@ -242,6 +242,9 @@ class EvaluateConfig:
     """Whether BM25 is scored too, for comparison."""
     output: str | None = None
     """JSON file for the scores."""
+    truncate_dim: int | None = None
+    """How many of an embedding's first numbers are used, for models that were trained so
+    (objective.matryoshka_dims). Unset: all."""
     batch_tokens: int = 16384
     """Padded tokens per chunk."""
     device: str = "auto"
@@ -254,6 +257,8 @@ class EvaluateConfig:
         faults.not_empty("model", self.model, "name a folder, for example model=runs/x/model")
         faults.check(bool(self.sets), "sets is empty; for example sets.test=data/code/test")
         faults.folders("sets", self.sets)
+        if self.truncate_dim is not None:
+            faults.at_least("truncate_dim", self.truncate_dim, 1)
         faults.at_least("batch_tokens", self.batch_tokens, 1)
         faults.one_of("device", self.device, DEVICES)
         faults.finish()
@@ -274,6 +279,9 @@ class EncodeConfig:
     """query or document: whose prompt is put before each text."""
     field: str = "text"
     """Field of a row that holds the text, where the input is no .txt file."""
+    truncate_dim: int | None = None
+    """How many of an embedding's first numbers are used, for models that were trained so
+    (objective.matryoshka_dims). Unset: all."""
     batch_tokens: int = 16384
     """Padded tokens per chunk."""
     device: str = "auto"
@@ -286,6 +294,8 @@ class EncodeConfig:
         faults.not_empty("model", self.model, "name a folder, for example model=runs/x/model")
         faults.not_empty("input", self.input, "name a file, for example input=texts.jsonl")
         faults.one_of("side", self.side, ("query", "document"))
+        if self.truncate_dim is not None:
+            faults.at_least("truncate_dim", self.truncate_dim, 1)
         faults.at_least("batch_tokens", self.batch_tokens, 1)
         faults.one_of("device", self.device, DEVICES)
         faults.finish()

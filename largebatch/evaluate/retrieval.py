@@ -32,6 +32,7 @@ def evaluate_encoder(
     encoder: "Encoder",
     retrieval_set: RetrievalSet,
     *,
+    truncate_dim: int | None = None,
     tokens_per_chunk: int = 16384,
     k: int = 100,
     progress: bool = False,
@@ -45,6 +46,7 @@ def evaluate_encoder(
     Args:
         encoder: Embeds queries with its query prompt and documents with its document prompt.
         retrieval_set: What to search, and what should be found.
+        truncate_dim: How many of an embedding's first numbers are used (Matryoshka). None: all.
         tokens_per_chunk: Most padded tokens that go through the encoder at once.
         k: How many documents are kept per query; at least 11, for the query itself may be one.
         progress: Whether to show a progress bar.
@@ -65,6 +67,7 @@ def evaluate_encoder(
         return encoder.encode(
             queries.texts[part.start : part.stop],
             side="query",
+            truncate_dim=truncate_dim,
             tokens_per_chunk=tokens_per_chunk,
             progress=progress,
         )
@@ -76,6 +79,7 @@ def evaluate_encoder(
         for embeddings_md in encoder.embed(
             documents.texts[part.start : part.stop],
             side="document",
+            truncate_dim=truncate_dim,
             tokens_per_chunk=tokens_per_chunk,
             progress=progress,
         ):

@@ -32,7 +32,13 @@ TEXTS_PER_CALL = 4096
 
 
 def embed_slices(
-    encoder: "Encoder", texts: Iterable[str], *, side: str, tokens_per_chunk: int, progress: bool
+    encoder: "Encoder",
+    texts: Iterable[str],
+    *,
+    side: str,
+    truncate_dim: int | None,
+    tokens_per_chunk: int,
+    progress: bool,
 ) -> Iterator[npt.NDArray[np.float32]]:
     """Yield the embeddings of texts, each slice float32 `[some, d]`, as `Encoder.embed` says."""
     first = 0
@@ -48,8 +54,21 @@ def embed_slices(
                 first=first,
                 normalized=encoder.normalize,
             )
+            if truncate_dim is not None:
+                embeddings_nd = _truncated(embeddings_nd, truncate_dim, normalize=encoder.normalize)
             yield embeddings_nd
             first += len(some)
+
+
+def _truncated(
+    embeddings_nd: npt.NDArray[np.float32], dim: int, *, normalize: bool
+) -> npt.NDArray[np.float32]:
+    """Return the first numbers of embeddings; one of zeros stays so."""
+    short_nd = np.ascontiguousarray(embeddings_nd[:, :dim])
+    if normalize:
+        lengths_n1 = np.linalg.norm(short_nd, axis=1, keepdims=True)
+        short_nd /= np.maximum(lengths_n1, np.finfo(np.float32).tiny)
+    return short_nd
 
 
 def _slices(

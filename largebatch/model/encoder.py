@@ -490,6 +490,7 @@ class Encoder(nn.Module):
         texts: Sequence[str],
         *,
         side: str = "document",
+        truncate_dim: int | None = None,
         tokens_per_chunk: int = 16384,
         progress: bool = False,
     ) -> npt.NDArray[np.float32]:
@@ -498,6 +499,8 @@ class Encoder(nn.Module):
         Args:
             texts: Any number of texts. Where their embeddings are too many to hold, use `embed`.
             side: query or document: whose prompt is put before each text.
+            truncate_dim: How many of an embedding's first numbers are given, at unit length if the
+                model's have it (Matryoshka). None: all.
             tokens_per_chunk: Most padded tokens that go through the model at once.
             progress: Whether to show a progress bar.
 
@@ -506,10 +509,14 @@ class Encoder(nn.Module):
         """
         if isinstance(texts, str):
             raise UserError("encode takes a list of texts, not one string")
-        out = np.empty((len(texts), self.embedding_width), np.float32)
+        out = np.empty((len(texts), truncate_dim or self.embedding_width), np.float32)
         first = 0
         for part in self.embed(
-            texts, side=side, tokens_per_chunk=tokens_per_chunk, progress=progress
+            texts,
+            side=side,
+            truncate_dim=truncate_dim,
+            tokens_per_chunk=tokens_per_chunk,
+            progress=progress,
         ):
             out[first : first + len(part)] = part
             first += len(part)
@@ -520,6 +527,7 @@ class Encoder(nn.Module):
         texts: Iterable[str],
         *,
         side: str = "document",
+        truncate_dim: int | None = None,
         tokens_per_chunk: int = 16384,
         progress: bool = False,
     ) -> Iterator[npt.NDArray[np.float32]]:
@@ -531,15 +539,28 @@ class Encoder(nn.Module):
         Args:
             texts: Any number of texts.
             side: query or document: whose prompt is put before each text.
+            truncate_dim: How many of an embedding's first numbers are given, at unit length if the
+                model's have it (Matryoshka). None: all.
             tokens_per_chunk: Most padded tokens that go through the model at once.
             progress: Whether to show a progress bar.
 
         Raises:
-            UserError: An embedding is not finite, or all zeros though its text has tokens; or the
-                device has too little memory for a chunk.
+            UserError: An embedding is not finite, or all zeros though its text has tokens; the
+                device has too little memory for a chunk; or embeddings have fewer numbers than
+                `truncate_dim`.
         """
+        if truncate_dim is not None and not 0 < truncate_dim <= self.embedding_width:
+            raise UserError(
+                f"truncate_dim={truncate_dim}: the model's embeddings have "
+                f"{self.embedding_width} numbers; ask for 1 to {self.embedding_width}"
+            )
         return embed_slices(
-            self, texts, side=side, tokens_per_chunk=tokens_per_chunk, progress=progress
+            self,
+            texts,
+            side=side,
+            truncate_dim=truncate_dim,
+            tokens_per_chunk=tokens_per_chunk,
+            progress=progress,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,3 +86,26 @@ def test_names_a_missing_set_split_or_model(tmp_path, folder):
     config.split = "dev"
     with pytest.raises(UserError, match="absent"):
         run(config)
+
+
+def test_fewer_dimensions_are_those_of_the_first_numbers_at_unit_length(tmp_path, folder, model):
+    output = tmp_path / "scores.json"
+    sets = {"words": str(folder)}
+    run(
+        EvaluateConfig(model=str(model), sets=sets, split="dev", output=str(output), truncate_dim=3)
+    )
+    encoder = Encoder.from_pretrained(model)
+    whole = encoder.encode(["read the file", "row"])
+    short = encoder.encode(["read the file", "row"], truncate_dim=3)
+    np.testing.assert_allclose(
+        short, whole[:, :3] / np.linalg.norm(whole[:, :3], axis=1, keepdims=True), rtol=1e-6
+    )
+    written = json.loads(output.read_text())
+    assert written["truncate_dim"] == 3
+    assert written["sets"]["words"]["model"] == evaluate_encoder(encoder, SET, truncate_dim=3)
+    assert written["sets"]["words"]["model"] != evaluate_encoder(encoder, SET)
+    for wrong in (0, 17):
+        with pytest.raises(UserError, match=f"truncate_dim={wrong}: .* ask for 1 to 16"):
+            encoder.encode(["a"], truncate_dim=wrong)
+    with pytest.raises(UserError, match="truncate_dim=17"):
+        run(EvaluateConfig(model=str(model), sets=sets, split="dev", truncate_dim=17))
