@@ -173,7 +173,8 @@ class BagOfLetters:
         self.per_slice = per_slice
         self.calls = []
 
-    def embed(self, texts, *, side, tokens_per_chunk, progress):
+    def embed(self, texts, *, side, truncate_dim=None, tokens_per_chunk, progress):
+        assert truncate_dim is None
         self.calls.append((list(texts), side, tokens_per_chunk, progress))
         counts = [[text.count(letter) for letter in "abcdefgh"] for text in texts]
         noise = np.arange(len(texts))[:, None] * self.noise
