@@ -80,8 +80,9 @@ def measure(
 
     import torch
 
-    from largebatch.losses.infonce import TILE, info_nce
+    from largebatch.losses.infonce import info_nce
     from largebatch.losses.masks import FalseNegatives, PairHashes
+    from largebatch.losses.tiles import TILE
     from largebatch.train.memory import peak_memory_gib
 
     torch.set_num_threads(options.threads)

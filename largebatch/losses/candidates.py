@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from largebatch.losses.infonce import TILE, OwnNegatives
+from largebatch.losses.infonce import OwnNegatives
 from largebatch.losses.masks import FalseNegatives, ScoreLimits
+from largebatch.losses.tiles import TILE, own_in_tile, slices
 
 
 class Candidates(NamedTuple):
@@ -264,10 +265,10 @@ class _Tiles:
 
     def of(self, kind: Candidates) -> Iterator[tuple[slice, slice, slice]]:
         """Yield rows, numbers of candidates and columns of each tile of a kind."""
-        for rows in _cut(slice(0, self.b), self._tile):
+        for rows in slices(slice(0, self.b), self._tile):
             first = 0
             for part in kind.ranges:
-                for columns in _cut(part, self._tile):
+                for columns in slices(part, self._tile):
                     number = columns.stop - columns.start
                     yield rows, slice(first, first + number), columns
                     first += number
@@ -309,15 +310,7 @@ class _Tiles:
         mask = None
         if kind.false_negatives is not None:
             mask = kind.false_negatives.fill_(tile_rc, rows, numbers, value)
-        index = kind.own_b[rows] - numbers.start
-        width = numbers.stop - numbers.start
-        inside = (index >= 0) & (index < width)
-        index = index.clamp(0, width - 1)[:, None]
+        index, inside = own_in_tile(kind.own_b[rows], numbers)
         present = tile_rc.gather(1, index).squeeze(1)
         tile_rc.scatter_(1, index, torch.where(inside, value, present)[:, None])
         return 0 if mask is None else mask.sum()
-
-
-def _cut(whole: slice, size: int) -> Iterator[slice]:
-    for start in range(whole.start, whole.stop, size):
-        yield slice(start, min(start + size, whole.stop))

@@ -20,7 +20,7 @@ differences of large numbers, and float32 would hold little but rounding. Logits
 are float32 (float64 for such inputs) whatever the inputs are: a tile's rows are converted with it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,13 +28,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from largebatch.losses.masks import FalseNegatives
+from largebatch.losses.tiles import TILE, own_in_tile, slices
 
 Combine = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """Takes this rank's log-sum-exps `[m]`, maxima `[m]` and sums `[k]`, returns those over all ranks,
 each elementwise. m is 0 where only sums are asked for."""
-
-TILE = 1024
-"""Rows and columns of a tile: 4 MiB of float32."""
 
 
 class OwnNegatives(NamedTuple):
@@ -155,16 +153,16 @@ class _TiledInfoNCE(torch.autograd.Function):
         masked = queries_bd.new_zeros((), dtype=dtype)
         logit_scale = scale.to(dtype)
         buffers = _Buffers(2, min(b, tile) * min(m, tile), positive_b)
-        for rows in _slices(b, tile):
+        for rows in slices(slice(0, b), tile):
             scaled = logit_scale * queries_bd[rows].to(dtype)
-            for columns in _slices(m, tile):
+            for columns in slices(slice(0, m), tile):
                 logits, spare = buffers.of_tile(rows, columns)
                 torch.mm(scaled, documents_md[columns].to(dtype).T, out=logits)
                 if false_negatives is not None:
                     mask = false_negatives.fill_(logits, rows, columns, -torch.inf)
                     if mask is not None:
                         masked += mask.sum()
-                index, inside = _positives_in_tile(positives_b[rows], columns)
+                index, inside = own_in_tile(positives_b[rows], columns)
                 own = logits.gather(1, index).squeeze(1)
                 positive_b[rows] = torch.where(inside, own, positive_b[rows])
                 logits.scatter_(1, index, torch.where(inside, -torch.inf, own)[:, None])
@@ -239,10 +237,10 @@ class _TiledInfoNCE(torch.autograd.Function):
             grad_log_scale += torch.dot(softmax_n, own_logits_n - positive_b[owners_n])
         # Columns outside: only their gradient, the larger one, is then finished tile by tile, and
         # needs no second copy of higher precision.
-        for columns in _slices(m, tile):
+        for columns in slices(slice(0, m), tile):
             documents = documents_md[columns].to(dtype)
             grad_documents = torch.zeros_like(documents)
-            for rows in _slices(b, tile):
+            for rows in slices(slice(0, b), tile):
                 logits, grad_logits, column_softmax, spare = buffers.of_tile(rows, columns)
                 queries = queries_bd[rows].to(dtype)
                 torch.mm(logit_scale * queries, documents.T, out=logits)
@@ -261,7 +259,7 @@ class _TiledInfoNCE(torch.autograd.Function):
                         grad_log_scale += torch.dot(softmax.flatten(), spare.flatten())
                 if ctx.symmetric:
                     grad_logits += column_softmax
-                index, inside = _positives_in_tile(positives_b[rows], columns)
+                index, inside = own_in_tile(positives_b[rows], columns)
                 present = grad_logits.gather(1, index).squeeze(1)
                 own = torch.where(inside, -share_of_others_b[rows], present)
                 grad_logits.scatter_(1, index, own[:, None])
@@ -301,15 +299,3 @@ def _logsumexp(logits: Tensor, dim: int, spare: Tensor) -> tuple[Tensor, Tensor]
     shift = highest.masked_fill(highest.isneginf(), 0)  # -inf minus -inf would be NaN
     torch.sub(logits, shift.unsqueeze(dim), out=spare).exp_()
     return highest, spare.sum(dim).log_().add_(shift)
-
-
-def _slices(number: int, size: int) -> Iterator[slice]:
-    for start in range(0, number, size):
-        yield slice(start, min(start + size, number))
-
-
-def _positives_in_tile(positives: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Return each row's positive as a column of the tile `[r, 1]`, and whether it is inside."""
-    width = columns.stop - columns.start
-    index = positives - columns.start
-    return index.clamp(0, width - 1)[:, None], (index >= 0) & (index < width)

@@ -15,7 +15,6 @@ Every pair is a question of its own, answered by yes or no, so a tile needs noth
 Logits, sums and gradients are float32 (float64 for such inputs) whatever the inputs are.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from largebatch.losses.masks import FalseNegatives
-
-TILE = 1024
-"""Rows and columns of a tile: 4 MiB of float32."""
+from largebatch.losses.tiles import TILE, own_in_tile, slices
 
 
 class SigmoidSums(NamedTuple):
@@ -89,11 +86,11 @@ class _TiledSigmoid(torch.autograd.Function):
         loss, masked = (queries_bd.new_zeros((), dtype=dtype) for _ in range(2))
         positive_b = queries_bd.new_zeros(len(queries_bd), dtype=dtype)
         best_other_b = torch.full_like(positive_b, -torch.inf)
-        for rows in _slices(len(queries_bd), tile):
+        for rows in slices(slice(0, len(queries_bd)), tile):
             scaled = scale.to(dtype) * queries_bd[rows].to(dtype)
-            for columns in _slices(len(documents_md), tile):
+            for columns in slices(slice(0, len(documents_md)), tile):
                 logits = torch.addmm(bias.to(dtype), scaled, documents_md[columns].to(dtype).T)
-                index, inside = _own_in_tile(positives_b[rows], columns)
+                index, inside = own_in_tile(positives_b[rows], columns)
                 own = logits.gather(1, index).squeeze(1)
                 positive_b[rows] = torch.where(inside, own, positive_b[rows])
                 # softplus(-inf) is 0: neither the row's own document nor a false negative adds to
@@ -121,16 +118,16 @@ class _TiledSigmoid(torch.autograd.Function):
         grad_queries_bd = torch.zeros_like(queries_bd, dtype=dtype)
         grad_documents_md = torch.empty_like(documents_md)
         grad_scale, grad_bias = grad_loss.new_zeros(()), grad_loss.new_zeros(())
-        for columns in _slices(len(documents_md), ctx.tile):
+        for columns in slices(slice(0, len(documents_md)), ctx.tile):
             documents = documents_md[columns].to(dtype)
             grad_documents = torch.zeros_like(documents)
-            for rows in _slices(len(queries_bd), ctx.tile):
+            for rows in slices(slice(0, len(queries_bd)), ctx.tile):
                 queries = queries_bd[rows].to(dtype)
                 cosines = queries @ documents.T
                 logits = t * cosines + bias.to(dtype)
                 # d loss / d logit: the sigmoid, and at the row's own document minus that of its
                 # negative.
-                index, inside = _own_in_tile(positives_b[rows], columns)
+                index, inside = own_in_tile(positives_b[rows], columns)
                 own = logits.gather(1, index).squeeze(1)
                 grad_logits = logits.sigmoid_()
                 if ctx.false_negatives is not None:
@@ -150,15 +147,3 @@ class _TiledSigmoid(torch.autograd.Function):
             (grad_loss * grad_bias).to(bias.dtype),
             *[None] * 3,
         )
-
-
-def _slices(number: int, size: int) -> Iterator[slice]:
-    for start in range(0, number, size):
-        yield slice(start, min(start + size, number))
-
-
-def _own_in_tile(positives: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Return each row's document as a column of the tile `[r, 1]`, and whether it is inside."""
-    index = positives - columns.start
-    inside = (index >= 0) & (index < columns.stop - columns.start)
-    return index.clamp(0, columns.stop - columns.start - 1)[:, None], inside
