@@ -15,21 +15,11 @@ from largebatch.config import ShardConfig, least_of, suggest
 from largebatch.curate.rows import Input, read_rows
 from largebatch.data.tables import Row
 from largebatch.errors import UserError
+from largebatch.shards.fields import NEGATIVES, NONE, SCORES, FieldNames, field_names
 from largebatch.shards.grades import KEPT_ASIDE, same_value
 from largebatch.shards.ids import IdCounter, RepeatedIds
 from largebatch.shards.index import INDEX_NAME, ShardIndex
-from largebatch.shards.records import (
-    BLANKS,
-    NEGATIVES,
-    NONE,
-    SCORES,
-    FieldNames,
-    Record,
-    field_names,
-    is_blank,
-    record_from_mapping,
-    texts_of,
-)
+from largebatch.shards.records import BLANKS, Record, is_blank, record_from_mapping, texts_of
 from largebatch.shards.write import ShardWriter, UnfitRecordError
 
 # Reasons for leaving a row out, as they stand in index.json.

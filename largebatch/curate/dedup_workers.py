@@ -19,8 +19,9 @@ from largebatch.curate.minhash import Bands, UInt64Array
 from largebatch.curate.textfile import TextFile
 from largebatch.data.tables import Row
 from largebatch.errors import DataError
+from largebatch.shards.fields import field_names
 from largebatch.shards.index import Segment
-from largebatch.shards.records import Record, field_names
+from largebatch.shards.records import Record
 from largebatch.shards.segment import SegmentRecords, read_segment
 
 T = TypeVar("T")

@@ -33,8 +33,8 @@ from largebatch.parallel.average import WeightAverage
 from largebatch.parallel.collectives import Collectives
 from largebatch.parallel.make import make_strategy
 from largebatch.parallel.strategy import ENCODER, Strategy
+from largebatch.shards.fields import AUTO, LABEL, NONE, SCORES
 from largebatch.shards.find import resolve_source
-from largebatch.shards.records import AUTO, LABEL, NONE, SCORES
 from largebatch.step.make import make_step
 from largebatch.step.objective import Objective, Step
 from largebatch.stores.retries import Retries

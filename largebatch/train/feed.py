@@ -13,7 +13,7 @@ from largebatch.data.source import Source
 from largebatch.data.stream import Stream, usable_records
 from largebatch.data.text import TextSettings
 from largebatch.errors import UserError
-from largebatch.shards.records import LABEL, SCORES
+from largebatch.shards.fields import LABEL, SCORES
 from largebatch.step.objective import SourceNote
 from largebatch.train.build import build_schedule, build_sources, text_changes
 from largebatch.world import World
