@@ -41,6 +41,7 @@ from largebatch.config import (
     PoolingConfig,
     SourceConfig,
     StrategyConfig,
+    TemperatureConfig,
 )
 from largebatch.errors import UserError
 from largebatch.model import pooling as pooling_module
@@ -381,6 +382,7 @@ def config(data, output, kind, name):
         output,
         strategy=strategy,
         objective=ObjectiveConfig(name=kind),
+        temperature=TemperatureConfig(),
         pooling=PoolingConfig(mode="projected"),
         eval=EvalConfig(),  # so that the last weights are exported
     )

@@ -129,8 +129,6 @@ def test_what_the_backbone_lacks_is_told_before_data_is_read(data, tmp_path, opt
 def test_options_that_do_not_fit_together(data, tmp_path):
     with pytest.raises(UserError, match=r"backbone\.freeze=\['positions'\] with lora\.r=4"):
         config_of(data, tmp_path, freeze=["positions"], r=4)
-    with pytest.raises(UserError, match=r"lora\.r=4 adapts a pre-trained model"):
-        tiny_config(data, tmp_path, lora=LoraConfig(r=4))
 
 
 def test_a_run_without_adapters_is_not_gone_on_with_by_one_that_has(data, tmp_path):

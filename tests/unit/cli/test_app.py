@@ -94,7 +94,7 @@ def test_a_scale_makes_any_experiment_small(trained):
     assert app.main(["train", "quickstart", *others, "scale=smoke", "max_steps=7"]) == 0
     assert [config.max_steps for config in trained] == [1000, 4, 7]
     assert trained[2].optim.lr == 5e-3
-    assert trained[2].backbone.config["hidden_size"] == 32
+    assert trained[2].backbone.config["intermediate_size"] == 32
 
 
 @pytest.mark.parametrize(

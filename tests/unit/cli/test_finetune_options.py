@@ -56,7 +56,6 @@ def test_average(configs):
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        (["train", SOURCE, "lora.r=8"], "lora.r=8 adapts a pre-trained model"),
         (["train", SOURCE, "lora.alpha=8"], "lora.alpha=8.0 does nothing with lora.r=0"),
         (["train", SOURCE, "backbone.freeze=[layers:0]"], "backbone.freeze: 'layers:0' must be"),
         (["train", SOURCE, "optim.lr_scaling=sqr"], "(did you mean 'sqrt'?)"),
