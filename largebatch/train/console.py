@@ -84,12 +84,24 @@ def _step_width(max_steps: int) -> int:
     return max(len("step"), 2 * len(str(max_steps)) + 1)
 
 
+def _short(name: str) -> str:
+    """Shorten a metric's name to 8 letters that tell it from its like.
+
+    >>> [_short(name) for name in ("found", "agreement", "encoder_loss", "encoder_accuracy")]
+    ['found', 'agreemen', 'enc_loss', 'enc_accu']
+    """
+    first, *others = name.split("_")
+    if len(name) <= 8 or not others:
+        return name[:8]
+    return f"{first[:3]}_{others[-1][:4]}"
+
+
 def _columns(values: Mapping[str, float]) -> list[_Column]:
     """Return the columns for a run's values: two of them are the objective's."""
     known = [column for column in _OF_CONTRASTIVE if column.name in values]
     others = [name for name in values if is_of_objective(name)]
     found = known or [
-        _Column(name.removeprefix("train/")[:8], name, 8, _significant) for name in others[:2]
+        _Column(_short(name.removeprefix("train/")), name, 8, _significant) for name in others[:2]
     ]
     return [_LOSS, *found, *_COLUMNS]
 
