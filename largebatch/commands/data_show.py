@@ -177,6 +177,11 @@ def _describe(row: ShownRow) -> list[Text]:
         lines += _show_text("document" if row.query else "text", row.document)
     for number, negative in enumerate(row.negatives, start=1):
         lines += _show_text(f"negative {number}", negative)
+    if row.scores is not None:
+        scores = ", ".join(f"{score:g}" for score in row.scores)
+        lines.append(Text(f"  scores, the document's first: {scores}", "bold cyan"))
+    if row.label is not None:
+        lines.append(Text(f"  label: {row.label:g}", "bold cyan"))
     return lines
 
 

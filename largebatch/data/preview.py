@@ -56,6 +56,11 @@ class ShownRow(NamedTuple):
     """The document."""
     negatives: list[ShownText]
     """Those negatives that are used."""
+    scores: list[float] | None
+    """A teacher's scores of the document and of these negatives, where the objective learns from
+    them."""
+    label: float | None
+    """What the pair's similarity is to follow, likewise."""
     skipped: SkippedRow | None
     """Why the row is empty, if it is."""
 
@@ -91,6 +96,7 @@ def read_batch(
     for row, (rank, worker) in enumerate(places_in_run):
         source = reader.sources[int(places.sources[row])]
         segment, item = int(places.segments[row]), found[row]
+        record = item if isinstance(item, Record) else None
         texts = shown.get(row, [])
         rows.append(
             ShownRow(
@@ -101,10 +107,12 @@ def read_batch(
                 shard=source.shard_of(segment),
                 segment=segment,
                 record=int(places.offsets[row]),
-                id=item.id if isinstance(item, Record) else "",
+                id=record.id if record else "",
                 query=texts[0] if texts and texts[0].text else None,
                 document=texts[1] if texts else None,
                 negatives=texts[2:],
+                scores=source.used_texts(record, text).scores if record else None,
+                label=record.label if record else None,
                 skipped=None if isinstance(item, Record) else noted[row] if item is None else item,
             )
         )

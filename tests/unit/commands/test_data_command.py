@@ -375,3 +375,30 @@ def test_stats_count_ids_that_repeat(folder, capsys, mask_same_id):
     lines = [line for line in out.splitlines() if "have an id that others have too" in line]
     assert len(lines) == (mask_same_id == "false")  # on purpose, it is no news
     assert all(line.startswith("a: 20 of 60 ") and "repeat: 10)" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("objective", "shown", "hidden", "line"),
+    [
+        ("distill", "scores", "label", "scores, the document's first: "),
+        ("cosent", "label", "scores", "label: "),
+    ],
+)
+def test_scores_and_labels_are_shown(folder, capsys, objective, shown, hidden, line):
+    def values(number):
+        return {"scores": [number / 2, 1.0, -0.25]} if shown == "scores" else {"label": number / 4}
+
+    with ShardWriter(folder / "more", records_per_shard=50) as writer:
+        for number in range(2, 62, 3):  # two negatives each, of which one is used
+            writer.write(record(number, **values(number)))
+    options = [
+        "data.sources={s: {urls: [more], max_negatives: 1}}", f"objective={objective}",
+        "step=1", "global_batch=4", "max_steps=2", "rows=all",
+    ]  # fmt: skip
+    out, _ = run(capsys, "show", *options, "format=jsonl")
+    for row in map(json.loads, out.splitlines()):
+        expected = values(int(row["id"]))[shown]
+        assert row[shown] == (expected[:2] if shown == "scores" else expected)
+        assert row[hidden] is None
+    out, _ = run(capsys, "show", *options)
+    assert out.count(line) == 4
