@@ -147,7 +147,7 @@ class Guide:
     def _own_tokens(self, texts: Texts) -> Texts:
         """Return the texts as tokens of the guide's tokenizer, cut where it has no more places."""
         if self._model is None:
-            raise UserError("a guide must know the model's tokenizer: call the objective's meet")
+            raise UserError("a guide must know the model's tokenizer: call the objective's attach")
         most = self.encoder.text.encode_max_tokens
         if self._has_same_tokens and texts.lengths.max(initial=0) <= most:
             return texts
