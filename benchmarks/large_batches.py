@@ -207,8 +207,8 @@ def write_page(results: dict[Run, dict[str, Any]]) -> None:
     lines = [
         "# What a large batch buys",
         "",
-        "Made by `python benchmarks/large_batches.py`. Still to be run: batch 4,096 for 150 steps, 64 "
-        "for 2,400 (the pairs of 1,024 for 150), from MiniLM-L6, and times on a quiet machine.",
+        "Made by `python benchmarks/large_batches.py`. Still to be run: batch 4,096 for 150 steps, "
+        "64 for 2,400 (the pairs of 1,024 for 150), from MiniLM-L6, and times on a quiet machine.",
     ]
     for model, title in (("scratch", "From scratch"), ("minilm", "From MiniLM-L6")):
         rows = rows_of(results, model)
@@ -252,9 +252,11 @@ def draw(rows: Sequence[Row], file: Path, title: str) -> None:
     """Draw dev scores over steps, pairs and time, one line for each batch."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    for axes, name in zip(panels, ("steps", "pairs seen", "training seconds"), strict=True):
+    timed = sum(row.seconds is not None for row in rows) > 1
+    names = ["steps", "pairs seen", *["training seconds"] * timed]
+    figure = Figure(figsize=(4.4 * len(names), 4), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True)
+    for axes, name in zip(panels, names, strict=True):
         for row in rows:
             run = row.run
             if row.seconds is None and name == "training seconds":
