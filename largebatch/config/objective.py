@@ -74,6 +74,25 @@ class DistillConfig:
 
 
 @dataclass(kw_only=True)
+class MatchConfig:
+    """Matching of a teacher's embeddings."""
+
+    teacher: str | None = None
+    """Model folder or hub name of a frozen encoder of the model's width."""
+    tokens_per_chunk: int = GUIDE_TOKENS
+    """Tokens, padding included, that go through the teacher at once."""
+    contrastive_weight: float = 0.0
+    """Weight of the contrastive loss on the same batch, as in objective.distill. 0: it is not
+    computed."""
+
+    def __post_init__(self) -> None:
+        faults = Faults()
+        faults.at_least("objective.match.tokens_per_chunk", self.tokens_per_chunk, 1)
+        faults.at_least("objective.match.contrastive_weight", self.contrastive_weight, 0)
+        faults.finish()
+
+
+@dataclass(kw_only=True)
 class StsConfig:
     """Semantic textual similarity: pairs are to be as similar as their labels say, in order."""
 
@@ -173,8 +192,8 @@ class ObjectiveConfig:
     name: str = "contrastive"
     """A file of largebatch/objectives/. contrastive: InfoNCE over the documents of the whole global
     batch; sigmoid: a yes-or-no question of each of its pairs (SigLIP); distill: a teacher's scores
-    of the records' candidates; sts: the order of the records' labels; mlm: masked language
-    modelling; retromae: RetroMAE or DupMAE."""
+    of the records' candidates; match: a teacher's embeddings; sts: the order of the records'
+    labels; mlm: masked language modelling; retromae: RetroMAE or DupMAE."""
     symmetric: bool = False
     """Whether documents must also find their query among all queries (as in CLIP): a softmax of
     their own, both weighing half."""
@@ -222,6 +241,7 @@ class ObjectiveConfig:
     """How the losses of widths without weights are put together: sum or mean."""
     sigmoid: SigmoidConfig = field(default_factory=SigmoidConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    match: MatchConfig = field(default_factory=MatchConfig)
     sts: StsConfig = field(default_factory=StsConfig)
     mlm: MlmConfig = field(default_factory=MlmConfig)
     retromae: RetroMaeConfig = field(default_factory=RetroMaeConfig)
@@ -242,6 +262,10 @@ class ObjectiveConfig:
         self._check_matryoshka(faults)
         self.mlm.check("objective.mlm", faults)
         self.retromae.check("objective.retromae", faults)
+        faults.check(
+            self.name != "match" or bool(self.match.teacher),
+            "objective.name=match needs objective.match.teacher; name a model folder",
+        )
         self._check_others(faults)
         faults.finish()
 

@@ -7,13 +7,10 @@ Shapes: b pairs of this rank, n negatives of this rank, K candidates of the quer
 d embedding width.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from largebatch.batch import Int64Array
-from largebatch.config import LossOptions
 from largebatch.errors import UserError
 from largebatch.losses.distill import (
     Candidates,
@@ -21,15 +18,12 @@ from largebatch.losses.distill import (
     margin_errors,
     student_scores,
 )
-from largebatch.model.encoder import Encoder
-from largebatch.objectives import contrastive
-from largebatch.step.balance import Pairs
+from largebatch.objectives.contrastive import ContrastiveLoss
+from largebatch.objectives.contrastive import build as build_contrastive
+from largebatch.step.beside import BesideContrast
 from largebatch.step.objective import (
     EmbeddedBatch,
-    EmbeddingObjective,
     ObjectiveValue,
-    Side,
-    SourceNote,
 )
 from largebatch.transfer import to_device
 
@@ -45,7 +39,7 @@ def build(config: "TrainConfig") -> "Distillation":
     """
     options = config.objective.distill
     return Distillation(
-        contrastive.build(config),
+        build_contrastive(config),
         kind=options.kind,
         teacher_temperature=options.teacher_temperature,
         scale_by_t2=options.scale_by_t2,
@@ -53,7 +47,7 @@ def build(config: "TrainConfig") -> "Distillation":
     )
 
 
-class Distillation(EmbeddingObjective):
+class Distillation(BesideContrast):
     """The mean over rows of a distance to the teacher, plus a weighted contrastive loss.
 
         kl:          KL(softmax(teacher / T_t) || softmax(student / T)) of a row
@@ -71,42 +65,22 @@ class Distillation(EmbeddingObjective):
     """
 
     fields = ("query", "document", "negatives", "scores")
+    contrastive: ContrastiveLoss
 
     def __init__(
         self,
-        contrastive_loss: contrastive.ContrastiveLoss,
+        contrastive_loss: ContrastiveLoss,
         *,
         kind: str = "kl",
         teacher_temperature: float = 1.0,
         scale_by_t2: bool = False,
         contrastive_weight: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.contrastive = contrastive_loss
+        super().__init__(contrastive_loss, contrastive_weight)
         self.kind = kind
         self.teacher_temperature = teacher_temperature
         self.scale_by_t2 = scale_by_t2
-        self.contrastive_weight = contrastive_weight
-        self.has_temperature = kind == "kl" or contrastive_weight > 0
-        if contrastive_weight > 0:
-            self.used_options = contrastive_loss.used_options
-            self.source_options = contrastive_loss.source_options
-
-    def attach(self, encoder: Encoder, *, weights: str | None) -> None:
-        """Let the contrastive loss look at the encoder."""
-        self.contrastive.attach(encoder, weights=weights)
-
-    def fingerprints(self) -> Mapping[str, str]:
-        """Return what the contrastive loss has read."""
-        return self.contrastive.fingerprints()
-
-    def knowledge(self, pairs: Pairs) -> Mapping[str, Int64Array]:
-        """Return what the contrastive loss needs."""
-        return self.contrastive.knowledge(pairs) if self.contrastive_weight else {}
-
-    def gathered_sides(self, options: LossOptions) -> Sequence[Side]:
-        """Return what the contrastive loss needs: a row's own candidates are on its rank."""
-        return self.contrastive.gathered_sides(options) if self.contrastive_weight else ()
+        self.has_temperature |= kind == "kl"
 
     def compute(self, batch: EmbeddedBatch) -> ObjectiveValue:
         """Return the loss, its parts, and how often student and teacher prefer the same candidate.
@@ -131,15 +105,7 @@ class Distillation(EmbeddingObjective):
         value = batch.mean_over_rows(
             self.of_rows(student_bK, teacher_bK, batch.step).sum(), {"agreement": agreed}
         )
-        if not self.contrastive_weight:
-            return value
-        other, weight = self.contrastive.compute(batch), self.contrastive_weight
-        parts = {"distillation_loss": value.loss, "contrastive_loss": other.loss}
-        return ObjectiveValue(
-            value.own_share + weight * other.own_share,
-            value.loss + weight * other.loss,
-            {**other.metrics, **value.metrics, **parts},
-        )
+        return self.with_contrast(batch, value, "distillation_loss")
 
     def of_rows(self, student_bK: Tensor, teacher_bK: Tensor, step: int = 0) -> Tensor:
         """Return the distance to the teacher of each row, `[b]`.
@@ -154,15 +120,3 @@ class Distillation(EmbeddingObjective):
         scale = self.contrastive.temperature(step).to(student_bK)
         losses_b = kl_divergence(student_bK, teacher_bK, scale, self.teacher_temperature)
         return losses_b / scale.detach().square() if self.scale_by_t2 else losses_b
-
-    def after_step(self) -> None:
-        """Bring a learned temperature back into its bounds."""
-        self.contrastive.after_step()
-
-    def warning(self, metrics: Mapping[str, float], sources: Sequence[SourceNote]) -> str | None:
-        """Say what the contrastive loss has to say."""
-        return self.contrastive.warning(metrics, sources) if self.contrastive_weight else None
-
-    def why_not_finite(self, config: "TrainConfig") -> str | None:
-        """Say what the contrastive loss has to say."""
-        return self.contrastive.why_not_finite(config)

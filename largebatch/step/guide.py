@@ -1,4 +1,4 @@
-"""A guide: a frozen encoder whose scores tell false negatives (GISTEmbed, arXiv 2402.16829).
+"""A guide: a frozen encoder that judges a batch (GISTEmbed, arXiv 2402.16829) or is learned from.
 
 It embeds the texts of each step in chunks of its own, without gradients, after the trained model
 has. What it needs beyond that is its own weights, whole on every rank.
@@ -47,6 +47,7 @@ class Guide:
         encoder: The guide. It is put into eval mode, and its weights are frozen.
         tokens_per_chunk: Most tokens, padding included, that go through it at once.
         name: What to call it in messages.
+        option: What it was given by.
 
     It sees what the model sees: texts with the model's prompts, cut at the model's lengths. Where
     its tokenizer is another one, tokens are made into text again, which its own tokenizer takes;
@@ -54,16 +55,24 @@ class Guide:
     """
 
     def __init__(
-        self, encoder: Encoder, *, tokens_per_chunk: int = 16384, name: str = "the guide"
+        self,
+        encoder: Encoder,
+        *,
+        tokens_per_chunk: int = 16384,
+        name: str = "the guide",
+        option: str = "objective.mask_guide",
     ) -> None:
         self.encoder = encoder.eval().requires_grad_(False)
         self.tokens_per_chunk = tokens_per_chunk
         self.name = name
+        self.option = option
         self._model: Encoder | None = None
         self._has_same_tokens = False
 
     @classmethod
-    def from_pretrained(cls, path: str, *, tokens_per_chunk: int) -> "Guide":
+    def from_pretrained(
+        cls, path: str, *, tokens_per_chunk: int, option: str = "objective.mask_guide"
+    ) -> "Guide":
         """Load a model folder or hub name.
 
         Raises:
@@ -72,8 +81,8 @@ class Guide:
         try:
             encoder = Encoder.from_pretrained(path)
         except UserError as error:
-            raise UserError(f"objective.mask_guide={path}: {error}") from error
-        return cls(encoder, tokens_per_chunk=tokens_per_chunk, name=path)
+            raise UserError(f"{option}={path}: {error}") from error
+        return cls(encoder, tokens_per_chunk=tokens_per_chunk, name=path, option=option)
 
     def meet(self, model: Encoder) -> None:
         """Note whose tokens it will get; compare the tokenizers.
@@ -90,7 +99,7 @@ class Guide:
         again = given.decode(given(PROBE)["input_ids"], skip_special_tokens=True)
         if not self._has_same_tokens and _words(again) != _words(PROBE):
             raise UserError(
-                f"objective.mask_guide={self.name} has another tokenizer than the model, and the "
+                f"{self.option}={self.name} has another tokenizer than the model, and the "
                 f"model's makes {again!r} of {PROBE!r}, which the guide would read; choose a guide "
                 "with the model's tokenizer, or a model whose tokenizer can make text of its tokens"
             )

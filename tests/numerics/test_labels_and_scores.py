@@ -28,12 +28,14 @@ from largebatch.losses.temperature import Temperature
 from largebatch.objectives import sts
 from largebatch.objectives.contrastive import ContrastiveLoss
 from largebatch.objectives.distill import Distillation
+from largebatch.objectives.match import EmbeddingMatch
 from largebatch.objectives.sigmoid import SigmoidLoss
 from largebatch.objectives.sts import SimilarityOrder
 from largebatch.parallel import collectives as collectives_module
 from largebatch.step import balance as balance_module
 from largebatch.step.balance import Pairs
 from largebatch.step.gradcache import GradCache
+from largebatch.step.guide import Guide
 
 # 0 to 3 negatives of a pair; the second negative of pair 5 is the document of pair 2, and pairs 4
 # and 9 have one document: false negatives for who looks at the whole batch.
@@ -46,7 +48,7 @@ LABELS = np.array([0.5, 3.0, 1.0, 5.0, 3.0, 0.0, 1.0, 4.5, 2.0, 3.0, 5.0, 0.25, 
 RNG = np.random.default_rng(3)
 SCORES = Scores(RNG.normal(size=NUM_PAIRS) * 2, RNG.normal(size=len(NEGATIVES)) * 2)
 ENDS = {1: [0, NUM_PAIRS], 2: [0, 4, NUM_PAIRS], 3: [0, 3, 3, NUM_PAIRS]}  # a rank without a row
-KINDS = ("sigmoid", "kl", "kl_t2", "margin_mse", "simlm", "cosent", "angle")
+KINDS = ("sigmoid", "kl", "kl_t2", "margin_mse", "simlm", "match", "cosent", "angle")
 
 
 def made(kind, packing="off"):
@@ -60,10 +62,15 @@ def made(kind, packing="off"):
             ContrastiveLoss(), kind="margin_mse", contrastive_weight=0.0
         ),
         "simlm": lambda: Distillation(contrastive, contrastive_weight=0.2),
+        "match": lambda: EmbeddingMatch(contrastive, frozen_teacher(), contrastive_weight=0.5),
         "cosent": lambda: SimilarityOrder("cosent", 5.0),
         "angle": lambda: SimilarityOrder("angle", 5.0),
     }[kind]()
     return encoder, objective.to(torch.float64)
+
+
+def frozen_teacher():
+    return Guide(tiny_encoder(seed=5), tokens_per_chunk=40)
 
 
 def masked_columns():
@@ -96,6 +103,13 @@ def plain_loss(kind, objective, queries, documents, negatives):
         labels = torch.from_numpy(LABELS)
         differences = 5.0 * (s[:, None] - s[None, :])
         return torch.log1p(differences[labels[:, None] < labels[None, :]].exp().sum())
+    if kind == "match":
+        with torch.no_grad():
+            told = [embed(frozen_teacher().encoder, texts) for texts in (QUERIES, DOCUMENTS)]
+        distances = (queries - told[0]).square().sum(1) + (documents - told[1]).square().sum(1)
+        logits = objective.contrastive.temperature() * queries @ columns.T
+        contrast = F.cross_entropy(logits.masked_fill(mask, -torch.inf), own)
+        return distances.mean() / 2 + 0.5 * contrast
     total, first = 0.0, 0
     for row, count in enumerate(COUNTS.tolist()):
         texts = torch.cat([documents[row : row + 1], negatives[first : first + count]])

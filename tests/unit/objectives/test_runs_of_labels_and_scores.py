@@ -20,7 +20,8 @@ from largebatch.config import (
     StrategyConfig,
     TemperatureConfig,
 )
-from largebatch.config.objective import DistillConfig, SigmoidConfig, StsConfig
+from largebatch.config.objective import DistillConfig, MatchConfig, SigmoidConfig, StsConfig
+from largebatch.data.text import train_tokenizer
 from largebatch.errors import UserError
 from largebatch.model.encoder import Encoder
 from largebatch.parallel.deepspeed_build import prepare
@@ -152,6 +153,11 @@ def test_sources_have_what_they_need(data, tmp_path):
             lambda: DistillConfig(kind="margin_mse", scale_by_t2=True),
             "scale_by_t2 is for objective.distill.kind=kl",
         ),
+        (
+            lambda: ObjectiveConfig(name="match"),
+            "objective.name=match needs objective.match.teacher; name a model folder",
+        ),
+        (lambda: MatchConfig(contrastive_weight=-1), "contrastive_weight=-1 must be at least 0"),
         (lambda: StsConfig(kind="cos"), "objective.sts.kind='cos' is not one of"),
         (lambda: StsConfig(scale=0), "objective.sts.scale=0 must be above 0"),
         (
@@ -239,3 +245,27 @@ def test_equal_labels_are_warned_of():
     assert "all labels of its batch (source sts)" in objective.warning(
         {"ordered_share": 0.0}, sources
     )
+
+
+def test_a_teacher_of_another_width_is_refused_and_one_of_the_same_is_matched(data, tmp_path):
+    def run(name, width):
+        teacher = Encoder.from_scratch(
+            "bert",
+            train_tokenizer(["query document of 0 1 2 3 4 5 6 7 8 9"], vocab_size=60),
+            config={"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2,
+                    "intermediate_size": 16, "max_position_embeddings": 64},
+            query_max_tokens=32, document_max_tokens=32,
+        )  # fmt: skip
+        teacher.save_pretrained(tmp_path / "teacher")
+        run_config = config(data, tmp_path / name, "sigmoid")
+        run_config.objective = ObjectiveConfig(
+            name="match", match=MatchConfig(teacher=str(tmp_path / "teacher"))
+        )
+        run_ranks(trainer.train, 2, run_config, init_group=False)
+        return metrics(tmp_path / name)
+
+    with pytest.raises(UserError, match=r"objective\.match\.teacher=.* of 12 numbers, and the mod"):
+        run("wrong", 12)
+    for line in run("right", 16):
+        cosine = line["train/teacher_cosine"]
+        assert line["train/loss"] == pytest.approx(2 - 2 * cosine, rel=1e-4)
