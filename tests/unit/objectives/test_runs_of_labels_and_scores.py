@@ -258,6 +258,7 @@ def test_a_teacher_of_another_width_is_refused_and_one_of_the_same_is_matched(da
         )  # fmt: skip
         teacher.save_pretrained(tmp_path / "teacher")
         run_config = config(data, tmp_path / name, "sigmoid")
+        run_config.backbone.tokenizer = str(tmp_path / "teacher")
         run_config.objective = ObjectiveConfig(
             name="match", match=MatchConfig(teacher=str(tmp_path / "teacher"))
         )
