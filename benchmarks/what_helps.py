@@ -193,7 +193,10 @@ def write_page(entries: Sequence[dict[str, Any]]) -> None:
     lines = [
         "# What helps",
         "",
-        "Made by `python benchmarks/what_helps.py`; nDCG@10, mean of seeds.",
+        "Made by `python benchmarks/what_helps.py`; nDCG@10, mean of seeds. All variants of a "
+        "table have the rate and temperature of the first. Those that would want others (GTE's "
+        "and SimLM's sums have four times the candidates, the sigmoid loss starts at a bias of "
+        "-10) are at a disadvantage: a variant that loses here may win elsewhere.",
     ]
     for name, comparison in COMPARISONS.items():
         found = [entry for entry in entries if entry["comparison"] == name]
