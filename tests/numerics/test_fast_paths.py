@@ -25,6 +25,7 @@ from numerics.uneven import (
 import largebatch.model.encoder as encoder_module
 import largebatch.objectives.contrastive as objective_module
 import largebatch.parallel.deepspeed as deepspeed_module
+import largebatch.step.false_negatives as masks_module
 import largebatch.step.passes as passes_module
 from largebatch.batch import LengthGroup
 from largebatch.model import attention
@@ -244,7 +245,7 @@ def rows_stay_in_the_order_of_chunks():
 
 def duplicates_on_other_ranks_are_negatives():
     """A rank knows its own texts only."""
-    plain = objective_module.FalseNegatives
+    plain = masks_module.FalseNegatives
 
     def of_own(of_ranks, *, rank, **options):
         strangers = [
@@ -255,7 +256,7 @@ def duplicates_on_other_ranks_are_negatives():
         ]
         return plain(strangers, rank=rank, **options)
 
-    objective_module.FalseNegatives = of_own
+    masks_module.FalseNegatives = of_own
 
 
 def records_are_not_known():
