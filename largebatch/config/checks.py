@@ -3,6 +3,8 @@
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
 
 from largebatch.errors import UserError
 
@@ -29,6 +31,16 @@ def least_of(value: str) -> float | None:
     (0.8, None)
     """
     return float(value[2:]) if value.startswith(">=") else None
+
+
+def changed_options(options: Any) -> dict[str, Any]:
+    """Return those options of a dataclass that are not at their defaults, by name."""
+    found = {}
+    for one in fields(options):
+        usual = one.default_factory() if one.default_factory is not MISSING else one.default
+        if (value := getattr(options, one.name)) != usual:
+            found[one.name] = value
+    return found
 
 
 class Faults:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from largebatch.config.checks import Faults
+from largebatch.config.checks import Faults, changed_options
 
 TEMPERATURE_SCHEDULES = ("linear", "cosine")
 TASK = "{task}"
@@ -104,18 +104,13 @@ class LoraConfig:
         )
         faults.not_empty("lora.targets", self.targets, "name modules, or all-linear")
         if self.r == 0:
-            for option in ("alpha", "dropout", "targets"):
-                default = LORA_DEFAULTS[option]
-                value = getattr(self, option)
+            for option, value in changed_options(self).items():
                 faults.check(
-                    value == default,
+                    False,
                     f"lora.{option}={value} does nothing with lora.r=0; set lora.r, for example to "
                     "16",
                 )
         faults.finish()
-
-
-LORA_DEFAULTS: dict[str, Any] = {"alpha": 32.0, "dropout": 0.0, "targets": ["all-linear"]}
 
 
 @dataclass(kw_only=True)

@@ -3,10 +3,10 @@
 import importlib.util
 import math
 import pkgutil
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-from largebatch.config.checks import Faults
+from largebatch.config.checks import Faults, changed_options
 from largebatch.config.data import NEGATIVES
 
 QUERY_DOCUMENT = "query_document"
@@ -271,13 +271,11 @@ class ObjectiveConfig:
 
     def shared_options(self) -> dict[str, Any]:
         """Return what is set of the options that stand in no mapping of one objective."""
-        found = {}
-        for one in fields(self):
-            value = getattr(self, one.name)
-            usual = one.default_factory() if one.default_factory is not MISSING else one.default
-            if one.name != "name" and not is_dataclass(value) and value != usual:
-                found[one.name] = value
-        return found
+        return {
+            name: value
+            for name, value in changed_options(self).items()
+            if name != "name" and not is_dataclass(value)
+        }
 
     def _check_candidates(self, faults: Faults) -> None:
         for one in self.candidates:
@@ -367,14 +365,11 @@ class ObjectiveConfig:
             own = getattr(self, other.name)
             if other.name == self.name or not is_dataclass(own):
                 continue
-            assert callable(other.default_factory)
-            for option, default in vars(other.default_factory()).items():
-                value = getattr(own, option)
-                key = f"objective.{other.name}.{option}"
+            for option, value in changed_options(own).items():
                 faults.check(
-                    value == default,
-                    f"{key}={value} is for objective.name={other.name}, and it is {self.name}; "
-                    "leave it out, or change objective.name",
+                    False,
+                    f"objective.{other.name}.{option}={value} is for objective.name={other.name}, "
+                    f"and it is {self.name}; leave it out, or change objective.name",
                 )
 
 

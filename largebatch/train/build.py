@@ -13,12 +13,12 @@ import torch
 from largebatch.config import (
     CurriculumConfig,
     SourceConfig,
-    TemperatureConfig,
     TextConfig,
     TrainConfig,
     longer_than,
     with_task,
 )
+from largebatch.config.checks import changed_options
 from largebatch.data.source import Source
 from largebatch.data.stream import TextChange, sample_texts
 from largebatch.data.text import TextSettings, train_tokenizer
@@ -179,9 +179,8 @@ def _ignored_options(config: TrainConfig, objective: Objective) -> Iterator[str]
         if option not in objective.used_options:
             yield f"objective.{option}={value}"
     if not objective.has_temperature:
-        for option, usual in vars(TemperatureConfig()).items():
-            if (value := getattr(config.temperature, option)) != usual:
-                yield f"temperature.{option}={value}"
+        for option, value in changed_options(config.temperature).items():
+            yield f"temperature.{option}={value}"
 
 
 def build_step(

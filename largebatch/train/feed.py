@@ -58,7 +58,6 @@ class Feed:
         self.folder = folder
         self.world = world
         self.first_step = first_step
-        self.fields = fields
         self.sources = build_sources(config, fields)
         self.schedule = build_schedule(config, self.sources)
         if (steps := self.schedule.num_steps) is not None and steps < config.max_steps:
@@ -77,7 +76,7 @@ class Feed:
         """Rows of all ranks that were skipped so far."""
 
     def check_fields(self, needs: Callable[[LossOptions], Collection[str]]) -> None:
-        """Check that the sources' records have what the objective needs .
+        """Check that the sources' records have what the objective needs.
 
         Args:
             needs: Returns the fields that it needs of a source with these options.
